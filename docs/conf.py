@@ -1,0 +1,29 @@
+from importlib.metadata import version as installed_version
+
+project = "pyro_sparse"
+author = "pyro_sparse developers"
+copyright = f"2026, {author}"
+release = installed_version("pyro-sparse")
+version = release
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "myst_nb",
+]
+exclude_patterns = ["_build", "_templates"]
+templates_path = ["_templates"]
+html_theme = "furo"
+
+# One page a package, with the names in its __all__: what a user imports, not where it is written.
+autosummary_generate = True
+autosummary_ignore_module_all = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+myst_enable_extensions = ["dollarmath"]
+nb_execution_mode = "off"
