@@ -1,0 +1,176 @@
+"""What every dictionary is: a linear map from codes to the predictor, its adjoint, its norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class LinearMap:
+    """A linear map with its atoms fixed: what a solver or an unrolled encoder iterates with.
+
+    A dictionary is a module whose atoms may be normalised anew at each access; ``bind`` reads them
+    once and gives this. Concrete maps are pure functions of their atoms.
+    """
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Predictor of the codes."""
+        raise NotImplementedError
+
+    def adjoint(self, signal: Tensor) -> Tensor:
+        """Adjoint of ``forward``: correlation of a signal with each atom, in the shape of codes."""
+        raise NotImplementedError
+
+    def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
+        """Upper bound of the squared spectral norm, detached; see ``Dictionary.squared_norm``."""
+        raise NotImplementedError
+
+    def double(self) -> LinearMap:
+        """The same map in float64, where a duality gap is evaluated."""
+        raise NotImplementedError
+
+
+class Dictionary(nn.Module):
+    """Declares a dictionary: ``predictor = dictionary(codes)``, linear in the codes.
+
+    A user's own dictionary subclasses this, states ``num_atoms``, ``code_dims`` and
+    ``signal_dims``, and implements ``bind`` and ``code_shape``.
+
+    Attributes:
+        atoms: The atoms, first dimension ``num_atoms``.
+        num_atoms: Number of atoms.
+        code_dims: Number of trailing dimensions of one datum's codes: 1 for dense
+            ``(atoms,)``, ``1 + d`` for convolutional ``(atoms, *positions)``.
+        signal_dims: Number of trailing dimensions of one datum's signal: 1 for dense
+            ``(features,)``, ``1 + d`` for convolutional ``(channels, *lengths)``.
+        signal_shape: Shape of one datum's signal where the dictionary fixes it, else None.
+    """
+
+    atoms: Tensor
+    num_atoms: int
+    code_dims: int
+    signal_dims: int
+    signal_shape: tuple[int, ...] | None = None
+
+    def bind(self, atoms: Tensor | None = None) -> LinearMap:
+        """The linear map with the atoms as they are now, or with ``atoms`` in their place.
+
+        Args:
+            atoms: In place of the module's own, in their shape and used as they are (not
+                normalised): what a sampled dictionary site hands over.
+        """
+        raise NotImplementedError
+
+    def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:
+        """Shape of the codes of a signal: leading dimensions kept, ``signal_dims`` replaced.
+
+        Raises:
+            ValueError: If the signal's shape does not fit the dictionary.
+        """
+        raise NotImplementedError
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Predictor of the codes; any leading batch dimensions.
+
+        Args:
+            codes: Shape ``(..., *code_shape)``.
+
+        Returns:
+            Shape ``(..., *signal_shape)``.
+        """
+        return self.bind().forward(codes)
+
+    def adjoint(self, signal: Tensor) -> Tensor:
+        """Adjoint of ``forward``: ``<dictionary(z), y> = <z, dictionary.adjoint(y)>``.
+
+        Args:
+            signal: Shape ``(..., *signal_shape)``.
+
+        Returns:
+            Shape ``(..., *code_shape)``.
+        """
+        return self.bind().adjoint(signal)
+
+    def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
+        """Upper bound of the squared spectral norm, never below the truth up to rounding.
+
+        The Lipschitz constant of the gradient of ``0.5 * ||y - dictionary(z)||**2``.
+
+        Args:
+            signal_shape: Shape of the signal, where a bound can make use of it.
+
+        Returns:
+            A scalar, detached from the atoms: a step size is not differentiated.
+        """
+        return self.bind().squared_norm(signal_shape)
+
+    def init_atoms_(self, atoms: Tensor) -> None:
+        """Set the atoms; they are normalised if the dictionary normalises its atoms.
+
+        Raises:
+            ValueError: If the shape differs, or an atom is zero or not finite.
+        """
+        own = self.atoms
+        if atoms.shape != own.shape:
+            raise ValueError(
+                f"Expected atoms of shape {tuple(own.shape)}, got {tuple(atoms.shape)}."
+            )
+        check_atoms(atoms)
+        with torch.no_grad():
+            self.atoms = atoms.to(own)
+
+
+class UnitNorm(nn.Module):
+    """Parametrisation of atoms by their direction: each is divided by its Euclidean length.
+
+    The gradient is then tangent to the sphere and a step never changes an atom's length.
+    Assigning to the parametrised tensor normalises what is assigned.
+    """
+
+    def forward(self, atoms: Tensor) -> Tensor:
+        """Divide each atom, ``atoms[k]``, by its length over all other dimensions."""
+        length = torch.linalg.vector_norm(atoms.flatten(1), dim=1)
+        return atoms / length.reshape(-1, *[1] * (atoms.dim() - 1))
+
+    def right_inverse(self, atoms: Tensor) -> Tensor:
+        """What to store for ``atoms``: themselves, at unit length."""
+        return self.forward(atoms)
+
+
+def check_atoms(atoms: Tensor) -> None:
+    """Refuse atoms that cannot be normalised or would poison a training.
+
+    Raises:
+        ValueError: If an atom is zero or has a value that is not finite; names the first.
+    """
+    length = torch.linalg.vector_norm(atoms.detach().flatten(1), dim=1)
+    bad = ~torch.isfinite(length) | (length == 0)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"Expected atoms of finite, non-zero length, got length {length[first].item()} for "
+            f"atom {first} ({int(bad.sum())} in all). Replace it, for example by a data sample."
+        )
+
+
+def register_atoms(module: nn.Module, atoms: Tensor, *, unit_norm: bool) -> None:
+    """Make ``module.atoms`` a trainable parameter, parametrised to unit norm if asked."""
+    check_atoms(atoms)
+    module.atoms = nn.Parameter(atoms.detach().clone())
+    if unit_norm:
+        parametrize.register_parametrization(module, "atoms", UnitNorm())
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Refuse sizes that are not whole numbers of at least one.
+
+    Raises:
+        ValueError: Names the argument and what came.
+    """
+    for name, size in sizes.items():
+        values = size if isinstance(size, tuple) else (size,)
+        if not values or not all(isinstance(v, int) and v >= 1 for v in values):
+            raise ValueError(f"Expected {name} to be a whole number >= 1 (or several), got {size}.")
