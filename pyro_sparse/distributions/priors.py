@@ -1,0 +1,166 @@
+"""A prior as a user hands it over, made into the law of all the codes of a datum.
+
+A prior is a distribution, or a callable ``rate -> distribution``. Model and guide both call
+``codes_prior``, so they cannot disagree about shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+from torch.distributions import Distribution
+
+Law = TorchDistributionMixin
+Prior = Law | Callable[[Tensor], Law]
+D = TypeVar("D", bound=Distribution)
+
+
+def check_prior(prior: Prior, *, has_rate: bool) -> None:
+    """Refuse what cannot be a prior over codes, where the user hands it over.
+
+    Raises:
+        TypeError: If it is neither a distribution nor a callable with a rate, or a rate is given
+            for a distribution.
+        ValueError: If a distribution holds a tensor that requires a gradient.
+    """
+    if isinstance(prior, Law):
+        if has_rate:
+            raise TypeError(
+                f"Expected prior to be a callable rate -> distribution when rate is given, got a "
+                f"{type(prior).__name__}. Write prior=lambda rate: Laplace(0.0, 1 / rate)."
+            )
+        names = [name for name, tensor in _tensors(prior) if tensor.requires_grad]
+        if names:
+            raise ValueError(
+                f"Expected a {type(prior).__name__} prior of constants, but its {names} require a "
+                "gradient: a parameter inside a distribution is registered nowhere, so it would "
+                "be lost in a state_dict and left behind by .double() or .to(device). Pass "
+                "prior=lambda rate: ... and rate= instead."
+            )
+    elif isinstance(prior, Distribution):
+        raise TypeError(
+            f"Expected a Pyro distribution, got torch's own {type(prior).__name__}. "
+            f"Write pyro.distributions.{type(prior).__name__}."
+        )
+    elif not callable(prior):
+        raise TypeError(
+            "Expected prior to be a distribution or a callable rate -> distribution, got "
+            f"{type(prior).__name__}."
+        )
+    elif not has_rate:
+        raise TypeError("Expected rate= for a prior that is a callable rate -> distribution.")
+
+
+def codes_prior(
+    prior: Prior, rate: Tensor | None, code_shape: tuple[int, ...], like: Tensor
+) -> Law:
+    """Law of one datum's codes.
+
+    Args:
+        prior: A distribution that expands to ``code_shape``, or a callable that makes one of a
+            rate.
+        rate: What the callable is given, shape ``(..., atoms)``; each atom's rate is shared by its
+            positions, and leading dimensions (particles) stay in front.
+        code_shape: Shape of one datum's codes, ``(atoms, *positions)``.
+        like: A tensor whose dtype and device the result takes.
+
+    Returns:
+        A distribution with event shape ``code_shape``.
+
+    Raises:
+        ValueError: If the prior does not expand to ``code_shape``; names both shapes.
+
+    Example:
+        >>> codes_prior(dist.Laplace(0.0, 1.0), None, (3, 5), like=torch.zeros(1)).event_shape
+        torch.Size([3, 5])
+    """
+    batch: tuple[int, ...] = ()
+    if rate is not None:
+        rate = torch.as_tensor(rate, dtype=like.dtype, device=like.device)
+        batch = tuple(rate.shape[:-1])
+        if rate.dim():
+            rate = rate.reshape(*rate.shape, *[1] * (len(code_shape) - 1))
+    law = prior if isinstance(prior, Law) else prior(rate)  # type: ignore[arg-type]
+    return spread(law, code_shape, like, batch=batch)
+
+
+def spread(law: Law, shape: tuple[int, ...], like: Tensor, *, batch: tuple[int, ...] = ()) -> Law:
+    """A distribution expanded to event shape ``shape``, its entries independent.
+
+    Args:
+        law: Its event shape is the end of ``shape`` (or empty); its batch shape expands to the
+            rest.
+        shape: Shape of one draw.
+        like: A tensor whose dtype and device the result takes.
+        batch: Leading dimensions that stay batch dimensions.
+
+    Raises:
+        ValueError: If it does not expand.
+
+    Example:
+        >>> spread(dist.Normal(0.0, 1.0), (3, 5), like=torch.zeros(1)).event_shape
+        torch.Size([3, 5])
+    """
+    law = match(law, like)
+    event = len(law.event_shape)
+    outer, inner = shape[: len(shape) - event], shape[len(shape) - event :]
+    if law.event_shape != torch.Size(inner):
+        raise ValueError(_message(law, shape))
+    try:
+        law = law.expand((*batch, *outer))
+    except RuntimeError:
+        raise ValueError(_message(law, shape)) from None
+    return dist.Independent(law, len(outer)) if outer else law
+
+
+def match(law: D, like: Tensor) -> D:
+    """A copy of a distribution whose floating tensors have the dtype and device of ``like``.
+
+    The distribution itself is returned where nothing has to change.
+
+    Example:
+        >>> match(dist.Laplace(0.0, 1.0), torch.zeros(1, dtype=torch.float64)).scale.dtype
+        torch.float64
+    """
+    moved: dict[str, object] = {}
+    for name, value in vars(law).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            new: object = value.to(dtype=like.dtype, device=like.device)
+        elif isinstance(value, Distribution):
+            new = match(value, like)
+        else:
+            continue
+        if new is not value:
+            moved[name] = new
+    if not moved:
+        return law
+    law = copy.copy(law)
+    vars(law).update(moved)
+    return law
+
+
+def _tensors(law: Distribution) -> list[tuple[str, Tensor]]:
+    found: list[tuple[str, Tensor]] = []
+    for name, value in vars(law).items():
+        if isinstance(value, Tensor):
+            found.append((name, value))
+        elif isinstance(value, Distribution):
+            found.extend(_tensors(value))
+    return found
+
+
+def _message(law: Distribution, shape: tuple[int, ...]) -> str:
+    hint = ""
+    if len(shape) > 1:
+        ones = ", 1" * (len(shape) - 1)
+        hint = f" For one value per atom give it the batch shape ({shape[0]}{ones})."
+    return (
+        f"Expected a {type(law).__name__} that expands to the shape {tuple(shape)}, got batch "
+        f"shape {tuple(law.batch_shape)} and event shape {tuple(law.event_shape)}.{hint}"
+    )

@@ -1,0 +1,175 @@
+"""What a solver asks of a prior, registered by distribution type.
+
+Two functions dispatch on the type of a distribution, as ``torch.distributions.kl_divergence`` does:
+
+- ``prox(prior, value, step)``: one proximal step on its penalty, ``-log p`` up to a constant. It is
+  all that an unrolled encoder needs;
+- ``conjugate(prior)``: the convex conjugate of that penalty, from which a duality gap is computed.
+  It is needed for a certificate by ``solvers.solve``, and exists for convex penalties only.
+
+A user adds a prior of their own::
+
+    @register_prox(MyPrior)
+    def _(prior, value, step):
+        return ...  # argmin_z  -step * prior.log_prob(z) + (z - value)**2 / 2
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_sparse.ops import soft_threshold, soft_threshold_nonnegative
+
+
+@functools.singledispatch
+def prox(prior: Any, value: Tensor, step: Tensor | float) -> Tensor:
+    r"""Proximal step of a prior: :math:`\arg\min_z -t \log p(z) + \tfrac12 (z - u)^2`.
+
+    Args:
+        prior: A distribution whose type has a registered prox; wrappers (``to_event``, ``expand``,
+            ``mask``) are looked through.
+        value: :math:`u`, in code units; broadcasts with the prior's batch and event shape.
+        step: :math:`t \ge 0`, broadcastable to ``value``. For a Laplace prior of rate ``1 / scale``
+            the threshold is ``step / scale``.
+
+    Returns:
+        The minimiser, in the broadcast shape; exact zeros where the prior makes them.
+
+    Raises:
+        NotImplementedError: If nothing is registered for the prior's type.
+
+    References:
+        Parikh & Boyd (2014), Proximal Algorithms, sec. 1.1.
+
+    Example:
+        >>> prox(dist.Laplace(0.0, 0.5), torch.tensor([-3.0, 0.1, 2.0]), 1.0)
+        tensor([-1.,  0.,  0.])
+    """
+    raise NotImplementedError(
+        f"No proximal step is known for {type(prior).__name__}. Register one with "
+        f"@pyro_sparse.distributions.register_prox({type(prior).__name__})."
+    )
+
+
+def register_prox(kind: type) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator that registers ``function(prior, value, step)`` as the prox of a distribution type.
+
+    Subclasses inherit it. A later registration for the same type replaces the earlier one.
+
+    Example:
+        >>> class HeavyLaplace(dist.Laplace):
+        ...     pass
+        >>> @register_prox(HeavyLaplace)
+        ... def _(prior, value, step):
+        ...     return soft_threshold(value, 2 * step / prior.scale)
+        >>> prox(HeavyLaplace(0.0, 1.0), torch.tensor(3.0), 1.0)
+        tensor(1.)
+    """
+    return prox.register(kind)
+
+
+class Conjugate(NamedTuple):
+    """Convex conjugate of a penalty, ``g*(u) = sup_z u z - g(z)`` with ``g(mode) = 0``, by element.
+
+    Attributes:
+        lower: Smallest slope at which it is finite (``-inf`` if there is none).
+        upper: Largest slope at which it is finite.
+        value: Its value at slopes within ``[lower, upper]``.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    value: Callable[[Tensor], Tensor]
+
+
+@functools.singledispatch
+def conjugate(prior: Any) -> Conjugate:
+    """Convex conjugate of a prior's penalty, for duality gaps.
+
+    Raises:
+        NotImplementedError: If nothing is registered for the prior's type (or its penalty is not
+            convex, so that there is nothing to register).
+
+    Example:
+        >>> conjugate(dist.Exponential(2.0)).upper
+        tensor(2.)
+    """
+    raise NotImplementedError(
+        f"No conjugate is known for {type(prior).__name__}, so no duality gap can certify its "
+        "codes. Register one with @pyro_sparse.distributions.register_conjugate, or call solve "
+        "with tol=None to run a fixed number of steps without a certificate."
+    )
+
+
+def register_conjugate(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that registers ``function(prior) -> Conjugate`` for a distribution type."""
+    return conjugate.register(kind)
+
+
+def penalty(prior: Distribution, value: Tensor) -> Tensor:
+    """What a prior adds to the objective: ``log p(mode) - log p(value)``, shape of ``log_prob``.
+
+    Example:
+        >>> penalty(dist.Laplace(0.0, 0.5), torch.tensor([0.0, 1.0]))
+        tensor([0., 2.])
+    """
+    return prior.log_prob(prior.mode) - prior.log_prob(value)
+
+
+@register_prox(dist.Laplace)
+def _(prior: dist.Laplace, value: Tensor, step: Tensor | float) -> Tensor:
+    return prior.loc + soft_threshold(value - prior.loc, step / prior.scale)
+
+
+@register_conjugate(dist.Laplace)
+def _(prior: dist.Laplace) -> Conjugate:
+    rate = 1 / prior.scale
+    return Conjugate(-rate, rate, lambda slope: slope * prior.loc)
+
+
+@register_prox(dist.Exponential)
+def _(prior: dist.Exponential, value: Tensor, step: Tensor | float) -> Tensor:
+    return soft_threshold_nonnegative(value, step * prior.rate)
+
+
+@register_conjugate(dist.Exponential)
+def _(prior: dist.Exponential) -> Conjugate:
+    return Conjugate(torch.full_like(prior.rate, -torch.inf), prior.rate, torch.zeros_like)
+
+
+@register_prox(dist.Normal)
+def _(prior: dist.Normal, value: Tensor, step: Tensor | float) -> Tensor:
+    weight = step / prior.scale.square()
+    return (value + weight * prior.loc) / (1 + weight)
+
+
+@register_conjugate(dist.Normal)
+def _(prior: dist.Normal) -> Conjugate:
+    unbounded = torch.full_like(prior.scale, torch.inf)
+    return Conjugate(
+        -unbounded,
+        unbounded,
+        lambda slope: slope * (prior.loc + prior.scale.square() * slope / 2),
+    )
+
+
+def _look_through(wrapper: type) -> None:
+    @prox.register(wrapper)
+    def _(prior: Any, value: Tensor, step: Tensor | float) -> Tensor:
+        return prox(prior.base_dist, value, step)
+
+    @conjugate.register(wrapper)
+    def _(prior: Any) -> Conjugate:
+        return conjugate(prior.base_dist)
+
+
+for _wrapper in (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution):
+    _look_through(_wrapper)

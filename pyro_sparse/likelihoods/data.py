@@ -1,0 +1,68 @@
+"""Data as a likelihood takes them: one boundary check for models, guides and solvers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_data(
+    y: Tensor, mask: Tensor | None, num_data: int | None, signal_dims: int
+) -> tuple[Tensor, Tensor | None]:
+    """Check a minibatch and blank out what was not observed.
+
+    Values are not searched for ``nan`` here, at every step; ``infer.fit`` and ``solvers.solve`` do
+    so once.
+
+    Args:
+        y: Shape ``(n, *signal_shape)``.
+        mask: True where a sample was observed, broadcastable to ``y``.
+        num_data: Size of the whole data set.
+        signal_dims: Dimensions of one datum.
+
+    Returns:
+        Data with zeros where they were not observed (``nan`` times zero is ``nan``, also in a
+        gradient), and the mask in the shape of the data.
+
+    Raises:
+        TypeError: If ``y`` is not a floating tensor or ``mask`` is not boolean.
+        ValueError: If a shape does not fit, or ``num_data`` is smaller than the minibatch.
+
+    Example:
+        >>> check_data(torch.tensor([[1.0, torch.nan]]), torch.tensor([True, False]), None, 1)[0]
+        tensor([[1., 0.]])
+    """
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"Expected y to be a floating tensor, got {kind}. Try y.float().")
+    if y.dim() < 1 + signal_dims or len(y) == 0:
+        names = "features" if signal_dims == 1 else "channels, *lengths"
+        raise ValueError(
+            f"Expected y of shape (n, {names}) with n >= 1, got {tuple(y.shape)}. "
+            "A single datum is a minibatch of one: y[None]."
+        )
+    if num_data is not None and num_data < len(y):
+        raise ValueError(f"Expected num_data >= {len(y)} (the minibatch), got {num_data}.")
+    if mask is None:
+        return y, None
+    mask = check_mask(y, mask)
+    return torch.where(mask, y, torch.zeros_like(y)), mask
+
+
+def check_mask(y: Tensor, mask: Tensor) -> Tensor:
+    """The mask in the shape of the data.
+
+    Raises:
+        TypeError: If it is not a boolean tensor.
+        ValueError: If it does not broadcast to ``y``.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"Expected mask to be a boolean tensor, True = observed; got {kind}.")
+    try:
+        return mask.broadcast_to(y.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"Expected a mask that broadcasts to the data, {tuple(y.shape)}, got "
+            f"{tuple(mask.shape)}."
+        ) from None
