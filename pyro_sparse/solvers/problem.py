@@ -1,0 +1,116 @@
+"""The convex problem behind MAP codes, its proximal step and its duality gap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_sparse.dictionaries import LinearMap
+from pyro_sparse.distributions import Law, conjugate, match, penalty, prox
+from pyro_sparse.likelihoods import Likelihood
+
+
+@dataclass(frozen=True)
+class Problem:
+    r"""MAP codes of given data: :math:`\min_z \; \ell(D z; y) - \log p(z)`, for each datum apart.
+
+    Attributes:
+        y: Data, shape ``(..., *signal_shape)``.
+        synthesis: :math:`D`, from codes to the predictor.
+        analysis: Where :math:`D^T` is taken from; the same map unless weights are untied.
+        likelihood: Gives the loss :math:`\ell` and its derivative.
+        law: Prior of one datum's codes; event shape is the codes' shape.
+        signal_dims: Trailing dimensions of one datum.
+        mask: True where a sample was observed, broadcastable to ``y``; None for all.
+    """
+
+    y: Tensor
+    synthesis: LinearMap
+    analysis: LinearMap
+    likelihood: Likelihood
+    law: Law
+    signal_dims: int
+    mask: Tensor | None = None
+
+    @property
+    def code_dims(self) -> int:
+        """Trailing dimensions of one datum's codes."""
+        return len(self.law.event_shape)
+
+    def squared_norm(self) -> Tensor:
+        """Bound of the squared norm of the maps; their geometric mean where they differ."""
+        bound = self.synthesis.squared_norm()
+        if self.analysis is self.synthesis:
+            return bound
+        return (bound * self.analysis.squared_norm()).sqrt()
+
+    def step_size(self, lipschitz: Tensor | float) -> Tensor:
+        """One over curvature times squared norm, shaped to multiply codes.
+
+        Args:
+            lipschitz: Squared norm of the maps; a number, or one per leading index.
+        """
+        step = 1 / (self.likelihood.curvature() * lipschitz)
+        return step.reshape(*step.shape, *[1] * self.code_dims)
+
+    def score(self, predictor: Tensor) -> Tensor:
+        """Derivative of the log-likelihood by the predictor, zero where masked."""
+        residual = self.likelihood.residual(predictor, self.y)
+        return residual if self.mask is None else residual * self.mask
+
+    def proximal_step(
+        self, point: Tensor | None, step: Tensor, prox_step: Tensor | None = None
+    ) -> Tensor:
+        """One proximal-gradient step.
+
+        Args:
+            point: Codes to step from; None for zero, which saves a synthesis.
+            step: Step size, broadcastable to codes.
+            prox_step: Step of the prior's prox where it differs from ``step`` (learned or
+                decaying thresholds).
+        """
+        predictor = torch.zeros_like(self.y) if point is None else self.synthesis.forward(point)
+        ascent = step * self.analysis.adjoint(self.score(predictor))
+        value = ascent if point is None else point + ascent
+        return prox(self.law, value, step if prox_step is None else prox_step)
+
+    def objective(self, codes: Tensor) -> Tensor:
+        """Loss plus penalty of each datum, in nats above the best conceivable; leading shape."""
+        loss = self.likelihood.loss(self.synthesis.forward(codes), self.y)
+        return self._sum(loss) + penalty(self.law, codes)
+
+    def dual_objective(self, codes: Tensor) -> Tensor:
+        """Lower bound of every datum's objective, from the scaled score at ``codes``.
+
+        The score is shrunk until its correlation with each atom is a possible slope of the
+        prior's penalty; it is then feasible for the Fenchel dual.
+        """
+        score = self.score(self.synthesis.forward(codes))
+        slope = self.synthesis.adjoint(score)
+        bounds = conjugate(self.law)
+        one = torch.ones_like(slope)
+        shrink = torch.where(slope > bounds.upper, bounds.upper / slope, one)
+        shrink = torch.where(slope < bounds.lower, bounds.lower / slope, shrink)
+        shrink = shrink.flatten(-self.code_dims).amin(-1)  # one for each datum
+        in_codes = shrink.reshape(*shrink.shape, *[1] * self.code_dims)
+        in_signal = shrink.reshape(*shrink.shape, *[1] * (self.y.dim() - shrink.dim()))
+        penalties = bounds.value(in_codes * slope).flatten(-self.code_dims).sum(-1)
+        return self._sum(self.likelihood.dual(in_signal * score, self.y)) - penalties
+
+    def select(self, index: Tensor) -> Problem:
+        """The data at ``index`` of a problem with one leading dimension."""
+        mask = None if self.mask is None else self.mask.expand_as(self.y)[index]
+        return replace(self, y=self.y[index], mask=mask)
+
+    def double(self) -> Problem:
+        """The same problem in float64: a gap of 1e-5 is lost in the rounding of float32."""
+        y = self.y.double()
+        maps = {"synthesis": self.synthesis.double(), "analysis": self.analysis.double()}
+        return replace(self, y=y, law=match(self.law, y), **maps)  # type: ignore[arg-type]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        if self.mask is not None:
+            values = torch.where(self.mask, values, torch.zeros_like(values))
+        return values.flatten(-self.signal_dims).sum(-1)
