@@ -1,0 +1,177 @@
+"""Encoders unrolled from proximal-gradient steps, as guides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_sparse.dictionaries import Dictionary
+from pyro_sparse.distributions import Prior, check_prior, codes_prior
+from pyro_sparse.likelihoods import Likelihood, check_data
+from pyro_sparse.solvers import Method, Unrolled
+
+
+class UnrolledFISTA(PyroModule):
+    r"""MAP codes by a fixed number of FISTA steps: :math:`q(z \mid y) = \delta(z - \hat z(y))`.
+
+    The layers are differentiable, so training under an ELBO moves the dictionary through the
+    encoder as well as through the decoder, and learns thresholds that make up for the finite
+    depth. Handed the model's own dictionary the weights are tied; ``untied`` gives the encoder
+    copies of its own.
+
+    Site: ``"codes"``, a ``Delta`` of event shape ``(atoms, *positions)`` in the plate ``"data"``.
+    As a point estimate it has no spread: read posterior uncertainty from another guide.
+
+    Args:
+        dictionary: The model's dictionary, which ties the weights.
+        likelihood: The model's likelihood.
+        prior: The model's prior: a distribution, or a callable of the rate. Its type needs a
+            registered ``prox``.
+        rate: For a callable prior: a tensor (fixed), a module without arguments that returns one
+            (learned, shared with the model), or None if ``rest`` samples it.
+        rest: A guide of the model's other latent sites (``"rate"``, ``"dictionary"``), such as an
+            ``AutoNormal`` of them. It is called first, with the same arguments, and returns a dict
+            from site name to value, as Pyro's autoguides do.
+        num_steps: Number of layers.
+        method: ``solvers.FISTA()`` (default) or ``solvers.ISTA()``.
+        learn_thresholds: Learn a factor on the threshold of each atom, starting from 1.
+        threshold_decay: Factor on all thresholds from one layer to the next, in (0, 1].
+        lipschitz: Fixed value in place of the dictionary's squared norm, "as published"; the
+            published values often lie below the true one. None: a safe bound at every call.
+        analysis: Dictionary whose adjoint the layers use; default ``dictionary``.
+        synthesis: Dictionary whose forward map the layers use; default ``dictionary``.
+
+    Raises:
+        TypeError: If ``prior`` is neither a distribution nor a callable.
+        ValueError: If a number is out of range, or ``prior`` holds a tensor that requires a
+            gradient.
+
+    References:
+        Beck & Teboulle (2009), SIAM J. Imaging Sci. 2(1); Gregor & LeCun (2010), ICML;
+        Tolooshams, Dey & Ba (2021), IEEE TNNLS 32(6).
+
+    Example:
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> from pyro_sparse.likelihoods import Gaussian
+        >>> guide = UnrolledFISTA(Dense(8, 5), Gaussian(0.1), dist.Laplace(0.0, 1.0), num_steps=5)
+        >>> guide(torch.randn(3, 5)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        likelihood: Likelihood,
+        prior: Prior,
+        *,
+        rate: Tensor | float | Callable[[], Tensor] | None = None,
+        rest: Callable[..., dict[str, Tensor]] | None = None,
+        num_steps: int = 15,
+        method: Method | None = None,
+        learn_thresholds: bool = True,
+        threshold_decay: float = 1.0,
+        lipschitz: float | None = None,
+        analysis: Dictionary | None = None,
+        synthesis: Dictionary | None = None,
+    ) -> None:
+        super().__init__()
+        has_rate = rate is not None or (
+            rest is not None and not isinstance(prior, dist.Distribution)
+        )
+        check_prior(prior, has_rate=has_rate)
+        self.encoder = Unrolled(
+            dictionary,
+            likelihood,
+            num_steps=num_steps,
+            method=method,
+            learn_thresholds=learn_thresholds,
+            threshold_decay=threshold_decay,
+            lipschitz=lipschitz,
+            analysis=analysis,
+            synthesis=synthesis,
+        )
+        self.prior = prior
+        self.rate = torch.as_tensor(rate) if isinstance(rate, int | float) else rate
+        self.rest = rest
+
+    @classmethod
+    def untied(
+        cls, dictionary: Dictionary, likelihood: Likelihood, prior: Prior, **options: Any
+    ) -> UnrolledFISTA:
+        """A guide whose layers have weights of their own, starting as copies of ``dictionary``.
+
+        The model's dictionary then is the decoder alone; only the encoder's ``analysis`` and
+        ``synthesis`` move the codes.
+
+        Args:
+            dictionary: The model's dictionary.
+            likelihood: The model's likelihood.
+            prior: The model's prior.
+            options: Further arguments of ``UnrolledFISTA``.
+
+        Example:
+            >>> from pyro_sparse.dictionaries import Dense
+            >>> from pyro_sparse.likelihoods import Gaussian
+            >>> guide = UnrolledFISTA.untied(Dense(8, 5), Gaussian(0.1), dist.Laplace(0.0, 1.0))
+            >>> guide.encoder.analysis is guide.encoder.synthesis
+            False
+        """
+        analysis, synthesis = copy.deepcopy(dictionary), copy.deepcopy(dictionary)
+        return cls(dictionary, likelihood, prior, analysis=analysis, synthesis=synthesis, **options)
+
+    def forward(self, y: Tensor, num_data: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """Run the guide.
+
+        Args:
+            y: Minibatch of data, shape ``(n, *signal_shape)``.
+            num_data: Size of the whole data set; by default ``n``.
+            mask: True where a sample was observed, broadcastable to ``y``.
+
+        Returns:
+            Codes, shape ``(n, atoms, *positions)``.
+        """
+        values = {} if self.rest is None else self.rest(y, num_data, mask)
+        y, mask = check_data(y, mask, num_data, self.encoder.dictionary.signal_dims)
+        codes = self._encode(y, mask, values)
+        index = torch.arange(len(y), device=y.device)
+        with pyro.plate("data", num_data or len(y), subsample=index):
+            event_dim = self.encoder.dictionary.code_dims
+            codes = pyro.sample("codes", dist.Delta(codes, event_dim=event_dim))
+        return codes
+
+    def encode(
+        self,
+        y: Tensor,
+        mask: Tensor | None = None,
+        values: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Codes of a batch, without any sample statement.
+
+        Args:
+            y: Shape ``(n, *signal_shape)``.
+            mask: True where a sample was observed.
+            values: Values of other latent sites (``"rate"``, ``"dictionary"``) where the model
+                samples them.
+
+        Returns:
+            Shape ``(n, atoms, *positions)``, with exact zeros.
+        """
+        y, mask = check_data(y, mask, None, self.encoder.dictionary.signal_dims)
+        return self._encode(y, mask, values or {})
+
+    def _encode(self, y: Tensor, mask: Tensor | None, values: dict[str, Tensor]) -> Tensor:
+        encoder = self.encoder
+        code_dims = encoder.dictionary.code_dims
+        code_shape = tuple(encoder.dictionary.code_shape(tuple(y.shape))[-code_dims:])
+        rate = values.get("rate")
+        if rate is None:
+            rate = self.rate() if callable(self.rate) else self.rate
+        law = codes_prior(self.prior, rate, code_shape, like=y)
+        return encoder(y, law, mask=mask, atoms=values.get("dictionary"))
