@@ -114,7 +114,7 @@ def spread(law: Law, shape: tuple[int, ...], like: Tensor, *, batch: tuple[int, 
         raise ValueError(_message(law, shape))
     try:
         law = law.expand((*batch, *outer))
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # torch's own laws, and pyro's wrapper of a user's
         raise ValueError(_message(law, shape)) from None
     return dist.Independent(law, len(outer)) if outer else law
 

@@ -35,8 +35,9 @@ class Gaussian(Likelihood):
 
     def __init__(self, scale: float | Tensor, *, trainable: bool = False) -> None:
         super().__init__()
-        value = torch.as_tensor(scale)
-        value = value.detach().clone() if value.is_floating_point() else value.float()
+        if not isinstance(scale, Tensor):  # also a numpy scalar, whose float64 must not spread
+            scale = torch.as_tensor(scale, dtype=torch.get_default_dtype())
+        value = scale.detach().clone() if scale.is_floating_point() else scale.float()
         if not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ValueError(f"Expected scale > 0 and finite (a standard deviation), got {scale}.")
         if trainable:

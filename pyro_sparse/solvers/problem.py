@@ -52,7 +52,7 @@ class Problem:
         Args:
             lipschitz: Squared norm of the maps; a number, or one per leading index.
         """
-        step = 1 / (self.likelihood.curvature() * lipschitz)
+        step = torch.as_tensor(1 / (self.likelihood.curvature() * lipschitz)).to(self.y)
         return step.reshape(*step.shape, *[1] * self.code_dims)
 
     def score(self, predictor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
-from pyro_sparse.distributions import Prior, check_prior, codes_prior
+from pyro_sparse.distributions import Prior, check_prior, codes_prior, conjugate
 from pyro_sparse.likelihoods import Gaussian, Likelihood, check_mask
 from pyro_sparse.solvers.methods import FISTA, Method
 from pyro_sparse.solvers.problem import Problem
@@ -65,12 +65,12 @@ def solve(
             ``conjugate``; or a callable of ``rate``.
         rate: Rate for a callable prior, shape ``(atoms,)`` or ``()``.
         likelihood: Default ``Gaussian(1.0)``.
-        tol: Relative duality gap to reach. In float32 codes stall near 1e-6. None runs
+        tol: Relative duality gap to reach; a float32 run can go to about 1e-6. None runs
             ``max_steps`` steps without a certificate, which needs no ``conjugate``.
         max_steps: Bound on the steps of each datum.
         mask: True where a sample was observed, broadcastable to ``y``; the others may hold
             anything, also ``nan``.
-        init: Codes to start from; zero by default.
+        init: Codes to start from, shape ``(..., *code_shape)``; zero by default.
         method: Default ``FISTA(restart=True)``.
 
     Returns:
@@ -78,8 +78,9 @@ def solve(
         reported as not converged, with the gap it has.
 
     Raises:
-        ValueError: If a shape does not fit, an observed sample is not finite, or ``tol`` or
-            ``max_steps`` is not positive.
+        ValueError: If a shape does not fit, an observed sample is not finite, ``tol`` or
+            ``max_steps`` is not positive, or ``tol`` is below the rounding of an operator in a
+            ``Composition`` that works in float32.
         TypeError: If ``y`` is not a floating tensor of the dictionary's dtype.
         NotImplementedError: If the prior has no registered ``prox``, or no ``conjugate`` and
             ``tol`` is given.
@@ -99,7 +100,14 @@ def solve(
     if tol is not None and not tol > 0 or max_steps < 1:
         raise ValueError(f"Expected tol > 0 (or None), max_steps >= 1; got {tol}, {max_steps}.")
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"Expected y to be a floating tensor, got {type(y).__name__}.")
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"Expected y to be a floating tensor, got {kind}.")
+    expected = next(dictionary.parameters(), y).dtype
+    if expected != y.dtype:
+        raise TypeError(
+            f"Expected y of the dictionary's dtype {expected}, got {y.dtype}. "
+            "Convert one of them, for example with dictionary.double()."
+        )
     with torch.no_grad():
         bound = dictionary.bind()
         shape = dictionary.code_shape(y.shape)
@@ -107,18 +115,19 @@ def solve(
         signal_shape = y.shape[y.dim() - dictionary.signal_dims :]
         batch = y.shape[: y.dim() - dictionary.signal_dims]
         rows, observed = _observed(y, mask, signal_shape)
-        expected = bound.forward(rows.new_zeros(code_shape)).dtype
-        if expected != y.dtype:
-            raise TypeError(
-                f"Expected y of the dictionary's dtype {expected}, got {y.dtype}. "
-                "Convert one of them, for example with dictionary.double()."
-            )
         likelihood = Gaussian(1.0).to(y) if likelihood is None else likelihood
         law = codes_prior(prior, rate, code_shape, like=y)
+        if law.batch_shape:
+            raise ValueError(
+                f"Expected one law for all data, that is a rate of shape ({dictionary.num_atoms},) "
+                f"or (), got one that makes the batch shape {tuple(law.batch_shape)}."
+            )
         problem = Problem(rows, bound, bound, likelihood, law, dictionary.signal_dims, observed)
         step = problem.step_size(problem.squared_norm())
-        start = None if init is None else init.detach().reshape(-1, *code_shape).clone()
+        start = None if init is None else _start(init, shape, y).reshape(-1, *code_shape)
         method = FISTA(restart=True) if method is None else method
+        if tol is not None:
+            _check_certifiable(problem, tol)
         codes, gap, steps = _iterate(problem, method, step, start, tol, max_steps)
     converged = gap <= (-1.0 if tol is None else tol)
     return Solution(
@@ -127,6 +136,18 @@ def solve(
         steps.reshape(batch),
         converged.reshape(batch),
     )
+
+
+def _check_certifiable(problem: Problem, tol: float) -> None:
+    """Refuse, before the first step, a certificate that could not be had or not be trusted."""
+    conjugate(problem.law)
+    rounding = problem.synthesis.rounding()
+    finest = 64 * rounding
+    if rounding > torch.finfo(torch.float64).eps and tol < finest:
+        raise ValueError(
+            f"Expected tol >= {finest:.1e}, got {tol}: the operator of this composition works in "
+            "single precision, and the gap cannot be known better. Use float64 for both."
+        )
 
 
 def _iterate(
@@ -182,6 +203,12 @@ def _iterate(
 
 def _take(part: Tensor, index: Tensor) -> Tensor:
     return part[index]
+
+
+def _start(init: Tensor, shape: torch.Size, y: Tensor) -> Tensor:
+    if init.shape != shape:
+        raise ValueError(f"Expected init of shape {tuple(shape)}, got {tuple(init.shape)}.")
+    return init.detach().to(y, copy=True)
 
 
 def _observed(
