@@ -116,12 +116,12 @@ def largest_eigenvalue_bound(
         matrix: Hermitian positive semi-definite, shape ``(..., n, n)``, real or complex.
         joint: One bound for all matrices of the batch (the norm of their block-diagonal matrix)
             instead of one for each.
-        slack: How far above the largest eigenvalue the bound may lie, as a fraction.
+        slack: How far above its estimate the bound is proposed, as a fraction.
         num_steps: Power iterations before the proposal.
 
     Returns:
         Shape ``(...)``, or ``()`` if ``joint``; real and detached. At least the largest eigenvalue
-        up to the rounding of its dtype, and at most ``1 + slack`` times it (plus rounding).
+        up to the rounding of its dtype, and at most ``1 + 5 * slack`` times it (plus rounding).
 
     Example:
         >>> bound = largest_eigenvalue_bound(torch.diag(torch.tensor([1.0, 4.0])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class LinearMap:
     def double(self) -> LinearMap:
         """The same map in float64, where a duality gap is evaluated."""
         raise NotImplementedError
+
+    def rounding(self) -> float:
+        """Rounding unit that ``double()`` still has: float64's, unless a part cannot be widened."""
+        return torch.finfo(torch.float64).eps
 
 
 class Dictionary(nn.Module):
@@ -120,7 +125,10 @@ class Dictionary(nn.Module):
             )
         check_atoms(atoms)
         with torch.no_grad():
-            self.atoms = atoms.to(own)
+            if isinstance(own, nn.Parameter):  # not parametrised: a parameter is written in place
+                own.copy_(atoms)
+            else:
+                self.atoms = atoms.to(own)
 
 
 class UnitNorm(nn.Module):
@@ -136,8 +144,27 @@ class UnitNorm(nn.Module):
         return atoms / length.reshape(-1, *[1] * (atoms.dim() - 1))
 
     def right_inverse(self, atoms: Tensor) -> Tensor:
-        """What to store for ``atoms``: themselves, at unit length."""
+        """What to store for ``atoms``: themselves, at unit length.
+
+        Raises:
+            ValueError: If an atom is zero or not finite.
+        """
+        check_atoms(atoms)
         return self.forward(atoms)
+
+
+def check_bound(atoms: Tensor, own: Tensor) -> Tensor:
+    """Refuse sampled atoms in another shape than the module's own; leading dimensions are free.
+
+    Raises:
+        ValueError: Names both shapes.
+    """
+    if atoms.shape[atoms.dim() - own.dim() :] != own.shape or atoms.dim() < own.dim():
+        raise ValueError(
+            f"Expected atoms of shape (..., {', '.join(map(str, own.shape))}), got "
+            f"{tuple(atoms.shape)}."
+        )
+    return atoms
 
 
 def check_atoms(atoms: Tensor) -> None:
@@ -172,5 +199,6 @@ def check_sizes(**sizes: Any) -> None:
     """
     for name, size in sizes.items():
         values = size if isinstance(size, tuple) else (size,)
-        if not values or not all(isinstance(v, int) and v >= 1 for v in values):
+        whole = all(isinstance(v, Integral) and not isinstance(v, bool) for v in values)
+        if not values or not whole or min(values) < 1:
             raise ValueError(f"Expected {name} to be a whole number >= 1 (or several), got {size}.")

@@ -129,9 +129,10 @@ class Periodic(Boundary):
 
     def num_positions(self, length: int, kernel: int, stride: int) -> int:  # noqa: D102
         if length < kernel:
+            fits = -(-kernel // stride) * stride
             raise ValueError(
-                f"Expected at least {kernel} samples (the atom's length), got {length}. "
-                "A periodic signal holds each atom at most once around."
+                f"Expected at least {kernel} samples (the atom's length), got {length}: a periodic "
+                f"signal holds each atom at most once around. Pad the signal to {fits} samples."
             )
         return _num_blocks(length, stride)
 
@@ -140,9 +141,10 @@ class Periodic(Boundary):
 
     def to_signal(self, canvas: Tensor, dim: int, kernel: int, stride: int) -> Tensor:  # noqa: D102
         over = kernel - stride
+        length = canvas.shape[dim] - over
+        self.num_positions(length, kernel, stride)
         if over <= 0:
             return _pad_dim(canvas, dim, 0, -over)
-        length = canvas.shape[dim] - over
         wrapped = _pad_dim(canvas.narrow(dim, length, over), dim, 0, length - over)
         return canvas.narrow(dim, 0, length) + wrapped
 

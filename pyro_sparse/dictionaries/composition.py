@@ -57,6 +57,10 @@ class CompositionMap(LinearMap):
         widened = _Widened(self.operator, self.dtype)
         return CompositionMap(widened, self.inner.double(), self.operator_norm, torch.float64)
 
+    def rounding(self) -> float:
+        """That of the dtype which the user's operator works in."""
+        return max(torch.finfo(self.dtype).eps, self.inner.rounding())
+
 
 class _Widened:
     """An operator of any dtype between tensors of float64."""
@@ -120,6 +124,11 @@ class Composition(Dictionary):
                 "Expected an operator with methods forward(signal) and adjoint(measurement), got "
                 f"{type(operator).__name__}."
             )
+        if len(input_shape) != dictionary.signal_dims:
+            raise ValueError(
+                f"Expected input_shape to be that of one signal, {dictionary.signal_dims} "
+                f"dimensions, got {tuple(input_shape)}."
+            )
         dictionary.code_shape(input_shape)
         self.dictionary = dictionary
         self.operator = operator
@@ -132,6 +141,8 @@ class Composition(Dictionary):
         self.signal_dims = len(measured)
         if operator_squared_norm is None:
             bound = operator_norm_bound(operator, self.input_shape, like=reference)
+            if bound == 0:
+                raise ValueError("Expected an operator that maps something away from zero.")
         elif operator_squared_norm > 0 and math.isfinite(operator_squared_norm):
             bound = torch.tensor(float(operator_squared_norm), dtype=torch.float64)
         else:
@@ -222,6 +233,9 @@ def _check_adjoint(
     with torch.no_grad():
         measured = operator.forward(signal)
         other = torch.randn(measured.shape, generator=generator).to(like)
+        # The inner product of independent vectors is small beside their norms, and an adjoint of
+        # the wrong scale would pass on a large picture: half of ``other`` is along ``measured``.
+        other += measured * (other.norm() / measured.norm().clamp_min(torch.finfo(like.dtype).tiny))
         back = operator.adjoint(other)
     if back.shape != signal.shape or measured.shape[:1] != (2,):
         raise ValueError(
@@ -230,7 +244,8 @@ def _check_adjoint(
         )
     left, right = (measured * other).double().sum(), (signal * back).double().sum()
     size = measured.double().norm() * other.double().norm()
-    if bool((left - right).abs() > 1e3 * torch.finfo(like.dtype).eps * size):
+    # Written so that NaN is refused too.
+    if not bool((left - right).abs() <= 1e3 * torch.finfo(like.dtype).eps * size):
         raise ValueError(
             "Expected <forward(x), y> = <x, adjoint(y)>, got "
             f"{left.item():.6g} and {right.item():.6g} on random x, y: the step size and "

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_sparse.dictionaries.base import Dictionary, LinearMap, check_sizes, register_atoms
+from pyro_sparse.dictionaries.base import (
+    Dictionary,
+    LinearMap,
+    check_bound,
+    check_sizes,
+    register_atoms,
+)
 from pyro_sparse.dictionaries.boundaries import Boundary, Interior
 from pyro_sparse.ops import largest_eigenvalue_bound
 
@@ -168,8 +175,8 @@ class Conv(Dictionary):
         unit_norm: bool = True,
     ) -> None:
         super().__init__()
-        kernel = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        strides = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride)
+        kernel = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size,)
+        strides = tuple(stride) if isinstance(stride, Sequence) else (stride,) * len(kernel)
         check_sizes(num_atoms=num_atoms, channels=channels, kernel_size=kernel, stride=strides)
         if len(kernel) > 3 or len(strides) != len(kernel):
             raise ValueError(
@@ -198,7 +205,9 @@ class Conv(Dictionary):
         register_atoms(self, atoms, unit_norm=unit_norm)
 
     def bind(self, atoms: Tensor | None = None) -> ConvMap:  # noqa: D102
-        return ConvMap(self.atoms if atoms is None else atoms, self.stride, self.boundary)
+        own = self.atoms
+        bound = own if atoms is None else check_bound(atoms, own)
+        return ConvMap(bound, self.stride, self.boundary)
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
         dims = self.signal_dims

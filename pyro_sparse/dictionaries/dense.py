@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_sparse.dictionaries.base import Dictionary, LinearMap, check_sizes, register_atoms
+from pyro_sparse.dictionaries.base import (
+    Dictionary,
+    LinearMap,
+    check_bound,
+    check_sizes,
+    register_atoms,
+)
 from pyro_sparse.ops import largest_eigenvalue_bound
 
 
@@ -94,7 +100,8 @@ class Dense(Dictionary):
         register_atoms(self, atoms, unit_norm=unit_norm)
 
     def bind(self, atoms: Tensor | None = None) -> DenseMap:  # noqa: D102
-        return DenseMap(self.atoms if atoms is None else atoms)
+        own = self.atoms
+        return DenseMap(own if atoms is None else check_bound(atoms, own))
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
         if not signal_shape or signal_shape[-1] != self.num_features:
