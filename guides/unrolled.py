@@ -97,8 +97,10 @@ class UnrolledFISTA(PyroModule):
             analysis=analysis,
             synthesis=synthesis,
         )
-        self.prior = prior
-        self.rate = torch.as_tensor(rate) if isinstance(rate, int | float) else rate
+        # Names of their own: where these modules are not the model's, Pyro's store would take the
+        # parameters at equal paths for one.
+        self.encoder_prior = prior
+        self.encoder_rate = torch.as_tensor(rate) if isinstance(rate, int | float) else rate
         self.rest = rest
 
     @classmethod
@@ -172,6 +174,6 @@ class UnrolledFISTA(PyroModule):
         code_shape = tuple(encoder.dictionary.code_shape(tuple(y.shape))[-code_dims:])
         rate = values.get("rate")
         if rate is None:
-            rate = self.rate() if callable(self.rate) else self.rate
-        law = codes_prior(self.prior, rate, code_shape, like=y)
+            rate = self.encoder_rate() if callable(self.encoder_rate) else self.encoder_rate
+        law = codes_prior(self.encoder_prior, rate, code_shape, like=y)
         return encoder(y, law, mask=mask, atoms=values.get("dictionary"))

@@ -65,6 +65,7 @@ def match_atoms(learned: Tensor, truth: Tensor) -> Recovery:
     else:
         correlation = truth @ learned.T
     lengths = truth.flatten(1).norm(dim=1)[:, None] * learned.flatten(1).norm(dim=1)
+    lengths = torch.where(lengths == 0, 1.0, lengths)  # a dead atom correlates with nothing
     flat = correlation.reshape(len(truth), len(learned), -1) / lengths[:, :, None]
     best, lag = flat.abs().max(-1)
     rows, columns = linear_sum_assignment(best.nan_to_num().numpy(), maximize=True)

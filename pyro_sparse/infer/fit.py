@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.params.param_store import StateDict
 from torch import Tensor, nn
 
 from pyro_sparse.likelihoods import check_mask
@@ -111,7 +113,7 @@ def fit(
     start = time.perf_counter()
     with _isolated(seed):
         elbo: Callable[..., nn.Module] = Trace_ELBO() if loss is None else loss
-        objective = elbo(model, guide)
+        objective = elbo(_Apart(model), _Apart(guide))
         batches = _Batches(rows, observed, batch_size, seed)
         like = _like(objective)
         _initialise(objective, batches.first(like))
@@ -197,10 +199,28 @@ class _Batches:
 
 @contextmanager
 def _isolated(seed: int) -> Iterator[None]:
-    """An empty parameter store and a random state of our own, both put back at the end."""
-    with torch.random.fork_rng(), pyro.get_param_store().scope():
+    """A random state of our own, put back at the end."""
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+class _Apart(nn.Module):
+    """A program with a parameter store of its own; Pyro's global one is left as it was.
+
+    The store goes by attribute path, so the parameter of one program would silently replace that
+    of the other where both have the same name. (Pyro's ``module_local_params`` does the same, but
+    only for modules that were made while it was on.)
+    """
+
+    def __init__(self, program: Callable[..., Any]) -> None:
+        super().__init__()
+        self.program = program
+        self.state: StateDict = {"params": {}, "constraints": {}}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with pyro.get_param_store().scope(self.state):
+            return self.program(*args, **kwargs)
 
 
 def _initialise(objective: nn.Module, batch: dict[str, Any]) -> None:
@@ -208,9 +228,8 @@ def _initialise(objective: nn.Module, batch: dict[str, Any]) -> None:
     with torch.no_grad():
         objective(*batch["args"], **batch["kwargs"])
     own = {id(p) for p in objective.parameters()}
-    strangers = [
-        name for name, value in pyro.get_param_store().named_parameters() if id(value) not in own
-    ]
+    stores = [part.state["params"] for part in objective.children() if isinstance(part, _Apart)]
+    strangers = [name for store in stores for name, leaf in store.items() if id(leaf) not in own]
     if strangers:
         raise ValueError(
             f"Expected all parameters to belong to a module, got pyro.param sites {strangers}: "
@@ -225,7 +244,12 @@ def _like(objective: nn.Module) -> Tensor:
 
 
 def _as_rows(data: Any) -> Tensor:
-    rows = torch.from_numpy(np.ascontiguousarray(data)) if isinstance(data, np.ndarray) else data
+    rows = data
+    if isinstance(data, np.ndarray) and data.dtype.kind in "fiub":
+        with warnings.catch_warnings():
+            # Nothing writes to the rows, so a read-only array (a memmap) need not be copied.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            rows = torch.from_numpy(np.ascontiguousarray(data))
     if not isinstance(rows, Tensor) or rows.is_complex():
         raise TypeError(
             "Expected data to be a real tensor or numpy array of shape (num_data, *signal_shape), "

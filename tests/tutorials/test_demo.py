@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+import torch
+
+from pyro_sparse.dictionaries import Conv
+from tutorials.demo import membrane, photograph
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 3])
+def test_spikes_of_the_membrane_trace_are_found(seed: int) -> None:
+    result = membrane.run(seed, progress=False)
+    assert result.summary["true_spikes"] == 57
+    assert result.summary["spike_f1"] >= 0.95
+    assert result.summary["relative_duality_gap"] <= 1e-4
+
+
+def test_no_active_code_means_no_event() -> None:
+    position, size = membrane.merge_events(np.zeros(100), gap=4)
+    assert len(position) == len(size) == 0
+    assert membrane.split_level(size, floor=0.3) == 0.3
+
+
+def test_events_merge_at_their_centre_of_mass() -> None:
+    codes = np.zeros(50)
+    codes[[10, 11, 14, 30]] = 1.0, 2.0, 1.0, 5.0
+    position, size = membrane.merge_events(codes, gap=4)
+    assert size.tolist() == [4.0, 5.0]
+    assert position.tolist() == [(10 + 22 + 14) / 4, 30.0]
+
+
+def test_matches_are_one_to_one() -> None:
+    assert membrane.count_matches(np.array([10.0, 11.0]), np.array([10]), 4) == 1
+    assert membrane.count_matches(np.array([10.0, 20.0]), np.array([14, 25]), 4) == 1
+    assert membrane.count_matches(np.array([10.0, 12.0]), np.array([9, 12]), 4) == 2
+
+
+def test_cosine_atoms_are_orthonormal() -> None:
+    atoms = photograph.dct_atoms(8).flatten(1)
+    torch.testing.assert_close(atoms @ atoms.T, torch.eye(64), atol=1e-6, rtol=0)
+
+
+def test_risk_estimate_is_near_the_error_that_it_estimates() -> None:
+    clean = photograph.load()[200:328, 150:278]
+    noisy = clean + photograph.SIGMA * np.random.default_rng(0).standard_normal(clean.shape)
+    atoms = photograph.dct_atoms(8)[:, None]
+    dictionary = Conv(64, 1, (8, 8), 4, atoms=atoms)
+    probe = np.random.default_rng(1).choice([-1.0, 1.0], noisy.shape)
+    denoised, risk = photograph.risk_estimate(dictionary, noisy, 1.8, probe)
+    error = np.mean((denoised - clean) ** 2)
+    # 128^2 pixels: the mean squared noise alone is known to sigma^2 * sqrt(2 / 128^2), 1.1 %.
+    assert abs(risk - error) < 5 * photograph.SIGMA**2 * np.sqrt(2 / noisy.size)
+    assert error < 0.3 * np.mean((noisy - clean) ** 2)
