@@ -153,11 +153,25 @@ def fit(
             epoch.clear()
 
         if progress:
-            bar = ProgressBar(desc="fit", ncols=80)
-            bar.attach(engine, output_transform=lambda output: {"nats per datum": output[0]})
+            _show_progress(engine, by_step=len(batches) >= epochs)
         engine.run(batches, max_epochs=epochs)
     history.seconds = time.perf_counter() - start
     return history
+
+
+def _show_progress(engine: Engine, *, by_step: bool) -> None:
+    """A bar for each epoch, or one bar over many short epochs."""
+    events = (
+        (Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED)
+        if by_step
+        else (Events.EPOCH_COMPLETED, Events.COMPLETED)
+    )
+    ProgressBar(desc="fit", ncols=80, persist=not by_step).attach(
+        engine,
+        output_transform=lambda output: {"nats per datum": output[0]},
+        event_name=events[0],
+        closing_event_name=events[1],
+    )
 
 
 class _Batches:

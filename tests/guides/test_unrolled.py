@@ -237,7 +237,6 @@ RATE = {"model.rate.log_rate", "guide.encoder_rate.log_rate"}
         ("tied", {"learn_thresholds": False}, set(), [DECODER]),
         ("untied", {"learn_thresholds": False}, COPIES, [DECODER]),
     ],
-    ids=str,
 )
 def test_every_parameter_is_listed_and_gets_a_gradient(
     geometry: str, local: bool, weights: str, options: dict, alone: set, shared: list
@@ -507,7 +506,6 @@ def test_a_state_dict_carries_everything(weights: str) -> None:
             "scale.*require a gradient",
         ),
     ],
-    ids=str,
 )
 @weights
 def test_bad_settings_are_refused(weights: str, options: dict, error: type, message: str) -> None:

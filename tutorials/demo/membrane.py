@@ -145,9 +145,7 @@ def half_rise(atom: np.ndarray[Any, Any]) -> int:
     return int(below[-1]) + 1 if len(below) else 0
 
 
-def count_matches(
-    times: np.ndarray[Any, Any], spikes: np.ndarray[Any, Any], window: float
-) -> int:
+def count_matches(times: np.ndarray[Any, Any], spikes: np.ndarray[Any, Any], window: float) -> int:
     """Largest number of one-to-one pairs within the window."""
     near = np.abs(np.subtract.outer(times, spikes)) <= window
     rows, columns = linear_sum_assignment(near, maximize=True)

@@ -55,8 +55,8 @@ def run(seed: int = 0, progress: bool = True) -> Result:
     noisy = clean + SIGMA * random.standard_normal(clean.shape)
     torch.manual_seed(seed)
 
-    # The DCT at each level. Its level for the result is the best by the clean picture, which favours
-    # it; the level at which a dictionary is learned is the best by the risk estimate.
+    # The DCT at each level. Its level for the result is the best by the clean picture, which
+    # favours it; the level at which a dictionary is learned is the best by the risk estimate.
     dct = Conv(SIZE**2, 1, (SIZE, SIZE), STRIDE, atoms=dct_atoms(SIZE)[:, None])
     fixed = sweep(dct, noisy, seed, "DCT dictionary", progress)
     best = max(fixed, key=lambda level: psnr(fixed[level][0], clean))
