@@ -25,5 +25,6 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # fields of a named tuple are members too: describe them once
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "off"
