@@ -13,7 +13,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
-from pyro_sparse.distributions import Prior, check_prior, codes_prior
+from pyro_sparse.distributions import Law, Prior, check_prior, check_rate, codes_prior
+from pyro_sparse.infer.store import claim_names
 from pyro_sparse.likelihoods import Likelihood, check_data
 from pyro_sparse.solvers import Method, Unrolled
 
@@ -82,10 +83,14 @@ class UnrolledFISTA(PyroModule):
         synthesis: Dictionary | None = None,
     ) -> None:
         super().__init__()
-        has_rate = rate is not None or (
-            rest is not None and not isinstance(prior, dist.Distribution)
-        )
-        check_prior(prior, has_rate=has_rate)
+        sampled = rest is not None and not isinstance(prior, Law)
+        check_prior(prior, has_rate=rate is not None or sampled)
+        if isinstance(rate, Law):
+            raise TypeError(
+                f"Expected a rate, got a {type(rate).__name__}: a rate with a distribution is a "
+                "latent site of the model. Give the guide rest=, which samples it, and no rate."
+            )
+        check_rate(rate)
         self.encoder = Unrolled(
             dictionary,
             likelihood,
@@ -139,9 +144,9 @@ class UnrolledFISTA(PyroModule):
         Returns:
             Codes, shape ``(n, atoms, *positions)``.
         """
-        values = {} if self.rest is None else self.rest(y, num_data, mask)
-        y, mask = check_data(y, mask, num_data, self.encoder.dictionary.signal_dims)
-        codes = self._encode(y, mask, values)
+        claim_names(self)
+        values = self._rest_values(y, num_data, mask)
+        codes = self.encode(y, mask, values, num_data=num_data)
         index = torch.arange(len(y), device=y.device)
         with pyro.plate("data", num_data or len(y), subsample=index):
             event_dim = self.encoder.dictionary.code_dims
@@ -153,6 +158,8 @@ class UnrolledFISTA(PyroModule):
         y: Tensor,
         mask: Tensor | None = None,
         values: dict[str, Tensor] | None = None,
+        *,
+        num_data: int | None = None,
     ) -> Tensor:
         """Codes of a batch, without any sample statement.
 
@@ -161,19 +168,37 @@ class UnrolledFISTA(PyroModule):
             mask: True where a sample was observed.
             values: Values of other latent sites (``"rate"``, ``"dictionary"``) where the model
                 samples them.
+            num_data: Size of the whole data set; checked, and otherwise without effect.
 
         Returns:
             Shape ``(n, atoms, *positions)``, with exact zeros.
         """
-        y, mask = check_data(y, mask, None, self.encoder.dictionary.signal_dims)
-        return self._encode(y, mask, values or {})
-
-    def _encode(self, y: Tensor, mask: Tensor | None, values: dict[str, Tensor]) -> Tensor:
-        encoder = self.encoder
+        encoder, values = self.encoder, values or {}
+        dictionary = encoder.dictionary
+        y, mask = check_data(y, mask, num_data, dictionary.signal_dims, dictionary.like)
         code_dims = encoder.dictionary.code_dims
         code_shape = tuple(encoder.dictionary.code_shape(tuple(y.shape))[-code_dims:])
         rate = values.get("rate")
         if rate is None:
             rate = self.encoder_rate() if callable(self.encoder_rate) else self.encoder_rate
+        if rate is None and not isinstance(self.encoder_prior, Law):
+            raise ValueError(
+                "Expected the rate that rest samples: pass values={'rate': ...}, for example "
+                "values=guide.rest.median()."
+            )
         law = codes_prior(self.encoder_prior, rate, code_shape, like=y)
         return encoder(y, law, mask=mask, atoms=values.get("dictionary"))
+
+    def _rest_values(
+        self, y: Tensor, num_data: int | None, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        if self.rest is None:
+            return {}
+        given = {} if mask is None else {"mask": mask}
+        values = self.rest(y, num_data, **given)
+        if not isinstance(values, dict):
+            raise TypeError(
+                "Expected rest to return a dict from site name to value, as Pyro's autoguides do, "
+                f"got {type(values).__name__}."
+            )
+        return values

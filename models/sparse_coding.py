@@ -10,7 +10,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
-from pyro_sparse.distributions import Law, Prior, check_prior, codes_prior, spread
+from pyro_sparse.distributions import Law, Prior, check_prior, check_rate, codes_prior, spread
+from pyro_sparse.infer.store import claim_names
 from pyro_sparse.likelihoods import Likelihood, check_data
 
 
@@ -37,13 +38,13 @@ class SparseCoding(PyroModule):
             without arguments that returns one (learned), or a distribution over one (sampled at
             ``"rate"``).
         dictionary_prior: Distribution of the atoms; expands to their shape, and is used as drawn
-            (not normalised).
+            (not normalised). The dictionary's own atoms are frozen then.
         signal_shape: Shape of one datum; needed only to draw from the prior with a dictionary that
             serves signals of any length.
 
     Raises:
         TypeError: If ``prior`` is neither a distribution nor a callable with a rate.
-        ValueError: If ``prior`` holds a tensor that requires a gradient.
+        ValueError: If ``prior`` or ``rate`` is or holds a tensor that requires a gradient.
 
     Example:
         >>> import pyro.distributions as dist
@@ -66,6 +67,9 @@ class SparseCoding(PyroModule):
     ) -> None:
         super().__init__()
         check_prior(prior, has_rate=rate is not None)
+        check_rate(rate)
+        if dictionary_prior is not None:
+            dictionary.freeze_()  # the module's own atoms would never get a gradient
         self.dictionary = dictionary
         self.likelihood = likelihood
         self.prior = prior
@@ -91,11 +95,12 @@ class SparseCoding(PyroModule):
             ValueError: If a shape does not fit, or there is nothing to say how much to draw.
         """
         dictionary, likelihood = self.dictionary, self.likelihood
-        like = next(dictionary.parameters()) if y is None else y
+        claim_names(self)
+        like = dictionary.like if y is None else y
         if y is None:
             size, signal_shape = self._size_of_draw(num_data)
         else:
-            y, mask = check_data(y, mask, num_data, dictionary.signal_dims)
+            y, mask = check_data(y, mask, num_data, dictionary.signal_dims, dictionary.like)
             size, signal_shape = len(y), tuple(y.shape[1:])
         code_shape = tuple(dictionary.code_shape(signal_shape))
 

@@ -33,6 +33,7 @@ matplotlib.use("Agg")
 import numpy as np
 import pyro.distributions as dist
 import torch
+from demo import figures, photograph  # the folder beside this script
 from matplotlib import pyplot as plt
 
 from pyro_sparse import infer
@@ -40,7 +41,6 @@ from pyro_sparse.dictionaries import Conv
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
-from tutorials.demo import figures, photograph
 
 SMOKE = os.environ.get("SMOKE") == "1"
 FIGURES = Path(os.environ.get("FIGURES", "tutorials/figures"))

@@ -35,6 +35,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from demo import figures, photograph  # the folder beside this script
 from matplotlib import pyplot as plt
 from pyro import poutine
 from pyro.infer import Predictive
@@ -45,7 +46,6 @@ from pyro_sparse import infer
 from pyro_sparse.dictionaries import Dense
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
-from tutorials.demo import figures, photograph
 
 SMOKE = os.environ.get("SMOKE") == "1"
 FIGURES = Path(os.environ.get("FIGURES", "tutorials/figures"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from numbers import Integral
 from typing import Any
 
@@ -111,6 +112,23 @@ class Dictionary(nn.Module):
             A scalar, detached from the atoms: a step size is not differentiated.
         """
         return self.bind().squared_norm(signal_shape)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dictionary's dtype and device; an empty one if it holds none."""
+        held = itertools.chain(self.parameters(), self.buffers(), [torch.empty(0)])
+        return next(tensor.detach() for tensor in held if tensor.is_floating_point())
+
+    def freeze_(self) -> None:
+        """Make the atoms constants: no gradient and no optimiser sees them any more.
+
+        They stay in the ``state_dict`` and move with the module. For a fixed dictionary, such as a
+        cosine basis of which only an encoder's thresholds are learned.
+        """
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
 
     def init_atoms_(self, atoms: Tensor) -> None:
         """Set the atoms; they are normalised if the dictionary normalises its atoms.

@@ -6,7 +6,7 @@ import math
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_sparse.dictionaries.base import Dictionary, LinearMap
 
@@ -95,8 +95,8 @@ class Composition(Dictionary):
 
     Raises:
         TypeError: If ``operator`` lacks one of the two methods.
-        ValueError: If ``adjoint`` is not the adjoint of ``forward``, or the given norm is not a
-            positive number.
+        ValueError: If ``adjoint`` is not the adjoint of ``forward``, the given norm is not a
+            positive number, or the operator has parameters that require a gradient.
 
     Example:
         >>> from pyro_sparse.dictionaries import Dense
@@ -124,6 +124,11 @@ class Composition(Dictionary):
                 "Expected an operator with methods forward(signal) and adjoint(measurement), got "
                 f"{type(operator).__name__}."
             )
+        if isinstance(operator, nn.Module) and any(p.requires_grad for p in operator.parameters()):
+            raise ValueError(
+                "Expected a fixed operator, got one with parameters that require a gradient: the "
+                "bound of its norm is computed once. Try operator.requires_grad_(False)."
+            )
         if len(input_shape) != dictionary.signal_dims:
             raise ValueError(
                 f"Expected input_shape to be that of one signal, {dictionary.signal_dims} "
@@ -135,7 +140,7 @@ class Composition(Dictionary):
         self.input_shape = tuple(input_shape)
         self.num_atoms = dictionary.num_atoms
         self.code_dims = dictionary.code_dims
-        reference = next(dictionary.parameters()).detach()
+        reference = dictionary.like
         measured = _check_adjoint(operator, self.input_shape, reference)
         self.signal_shape = measured
         self.signal_dims = len(measured)
@@ -162,7 +167,7 @@ class Composition(Dictionary):
 
     def bind(self, atoms: Tensor | None = None) -> CompositionMap:  # noqa: D102
         norm: Tensor = self.operator_squared_norm  # type: ignore[assignment]
-        dtype = next(self.dictionary.parameters()).dtype
+        dtype = self.dictionary.like.dtype
         return CompositionMap(self.operator, self.dictionary.bind(atoms), norm, dtype)
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102

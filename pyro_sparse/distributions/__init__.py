@@ -1,6 +1,14 @@
 """Sparse laws of codes, and what solvers ask of a prior."""
 
-from pyro_sparse.distributions.priors import Law, Prior, check_prior, codes_prior, match, spread
+from pyro_sparse.distributions.priors import (
+    Law,
+    Prior,
+    check_prior,
+    check_rate,
+    codes_prior,
+    match,
+    spread,
+)
 from pyro_sparse.distributions.prox import (
     Conjugate,
     conjugate,
@@ -15,6 +23,7 @@ __all__ = [
     "Law",
     "Prior",
     "check_prior",
+    "check_rate",
     "codes_prior",
     "conjugate",
     "match",

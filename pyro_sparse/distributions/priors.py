@@ -13,6 +13,7 @@ from typing import TypeVar
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -55,6 +56,20 @@ def check_prior(prior: Prior, *, has_rate: bool) -> None:
         )
     elif not has_rate:
         raise TypeError("Expected rate= for a prior that is a callable rate -> distribution.")
+
+
+def check_rate(rate: object) -> None:
+    """Refuse a rate that would be trained without staying positive, or twice under two names.
+
+    Raises:
+        ValueError: If it is a parameter.
+    """
+    parameter = isinstance(rate, PyroParam) or (isinstance(rate, Tensor) and rate.requires_grad)
+    if parameter:
+        raise ValueError(
+            "Expected a rate that is a constant or a module, got a parameter. A learned rate is a "
+            "module that model and guide share: pyro_sparse.distributions.Rate(...)."
+        )
 
 
 def codes_prior(

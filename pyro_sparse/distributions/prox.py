@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
 from pyro_sparse.ops import soft_threshold, soft_threshold_nonnegative
@@ -33,8 +33,8 @@ def prox(prior: Any, value: Tensor, step: Tensor | float) -> Tensor:
     r"""Proximal step of a prior: :math:`\arg\min_z -t \log p(z) + \tfrac12 (z - u)^2`.
 
     Args:
-        prior: A distribution whose type has a registered prox; wrappers (``to_event``, ``expand``,
-            ``mask``) are looked through.
+        prior: A distribution whose type has a registered prox; wrappers (``to_event``, ``expand``)
+            are looked through.
         value: :math:`u`, in code units; broadcasts with the prior's batch and event shape.
         step: :math:`t \ge 0`, broadcastable to ``value``. For a Laplace prior of rate ``1 / scale``
             the threshold is ``step / scale``.
@@ -197,7 +197,7 @@ def _look_through(wrapper: type) -> None:
         return penalty(prior.base_dist, value)
 
 
-for _wrapper in (torch.distributions.Independent, ExpandedDistribution, MaskedDistribution):
+for _wrapper in (torch.distributions.Independent, ExpandedDistribution):
     _look_through(_wrapper)
 
 

@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def check_data(
-    y: Tensor, mask: Tensor | None, num_data: int | None, signal_dims: int
+    y: Tensor,
+    mask: Tensor | None,
+    num_data: int | None,
+    signal_dims: int,
+    like: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Check a minibatch and blank out what was not observed.
 
@@ -19,13 +23,16 @@ def check_data(
         mask: True where a sample was observed, broadcastable to ``y``.
         num_data: Size of the whole data set.
         signal_dims: Dimensions of one datum.
+        like: A parameter whose dtype and device the data have to share.
 
     Returns:
         Data with zeros where they were not observed (``nan`` times zero is ``nan``, also in a
         gradient), and the mask in the shape of the data.
 
     Raises:
-        TypeError: If ``y`` is not a floating tensor or ``mask`` is not boolean.
+        TypeError: If ``y`` is not a floating tensor of the parameters' dtype, or ``mask`` is not
+            boolean.
+        RuntimeError: If ``y`` is on another device than the parameters.
         ValueError: If a shape does not fit, or ``num_data`` is smaller than the minibatch.
 
     Example:
@@ -35,11 +42,23 @@ def check_data(
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"Expected y to be a floating tensor, got {kind}. Try y.float().")
-    if y.dim() < 1 + signal_dims or len(y) == 0:
+    if like is not None and y.dtype != like.dtype:
+        raise TypeError(
+            f"Expected y of the parameters' dtype {like.dtype}, got {y.dtype}. "
+            f"Try y.to({like.dtype}), or .double() on model and guide."
+        )
+    if like is not None and y.device != like.device:
+        raise RuntimeError(
+            f"Expected y on the parameters' device {like.device}, got {y.device}. "
+            f"Try y.to({str(like.device)!r}), or .to({str(y.device)!r}) on model and guide."
+        )
+    if y.dim() != 1 + signal_dims or len(y) == 0:
         names = "features" if signal_dims == 1 else "channels, *lengths"
+        hint = "A single datum is a minibatch of one: y[None]."
+        if signal_dims > 1:
+            hint += " A single channel is a dimension too: y[:, None]."
         raise ValueError(
-            f"Expected y of shape (n, {names}) with n >= 1, got {tuple(y.shape)}. "
-            "A single datum is a minibatch of one: y[None]."
+            f"Expected y of shape (n, {names}) with n >= 1, got {tuple(y.shape)}. {hint}"
         )
     if num_data is not None and num_data < len(y):
         raise ValueError(f"Expected num_data >= {len(y)} (the minibatch), got {num_data}.")

@@ -102,7 +102,7 @@ def solve(
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"Expected y to be a floating tensor, got {kind}.")
-    expected = next(dictionary.parameters(), y).dtype
+    expected = dictionary.like.dtype
     if expected != y.dtype:
         raise TypeError(
             f"Expected y of the dictionary's dtype {expected}, got {y.dtype}. "
@@ -150,6 +150,17 @@ def _check_certifiable(problem: Problem, tol: float) -> None:
         )
 
 
+def _check_order(primal: Tensor, dual: Tensor, problem: Problem) -> None:
+    """Refuse a lower bound above what it bounds, beyond rounding."""
+    slack = 1e3 * problem.synthesis.rounding() * (primal.abs() + dual.abs())
+    if bool((dual > primal + slack).any()):
+        raise ValueError(
+            "Expected the dual objective to lie below the primal one, got "
+            f"{dual.max().item():.6g} above {primal.min().item():.6g}: the registered conjugate of "
+            f"{type(problem.law).__name__} (or of its base) does not belong to its penalty."
+        )
+
+
 def _iterate(
     problem: Problem,
     method: Method,
@@ -186,6 +197,7 @@ def _iterate(
         # Every feasible point bounds the minimum from below, so the best one so far counts.
         dual = torch.maximum(best_dual[left], exact.dual_objective(rounded))
         best_dual[left] = dual
+        _check_order(primal, dual, problem)
         relative = (primal - dual) / primal.clamp_min(torch.finfo(torch.float64).tiny)
         gap[left] = relative.clamp_min(0)
         keep = ~(relative <= tol)

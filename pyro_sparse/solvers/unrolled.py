@@ -72,8 +72,8 @@ class Unrolled(nn.Module):
         self.lipschitz = lipschitz
         self.log_threshold: nn.Parameter | None = None
         if learn_thresholds:
-            like = next(dictionary.parameters())
-            self.log_threshold = nn.Parameter(like.new_zeros(dictionary.num_atoms))
+            zeros = dictionary.like.new_zeros(dictionary.num_atoms)
+            self.log_threshold = nn.Parameter(zeros)
 
     def forward(
         self,

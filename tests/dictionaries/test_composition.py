@@ -421,3 +421,14 @@ class ScaleOperator:
         return self.factor * signal
 
     adjoint = forward
+
+
+def test_a_trainable_operator_is_refused() -> None:
+    class Blur(torch.nn.Linear):
+        def adjoint(self, measurement: torch.Tensor) -> torch.Tensor:
+            return measurement @ self.weight
+
+    blur = Blur(4, 4, bias=False)
+    with pytest.raises(ValueError, match="fixed operator.*requires_grad_"):
+        Composition(blur, Dense(3, 4), input_shape=(4,))
+    Composition(blur.requires_grad_(False), Dense(3, 4), input_shape=(4,))

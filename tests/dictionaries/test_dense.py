@@ -370,3 +370,13 @@ def test_sizes_may_be_numpy_integers_but_not_booleans() -> None:
 def test_sampled_atoms_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"atoms of shape \(\.\.\., 3, 4\), got \(4, 3\)"):
         Dense(3, 4).bind(torch.randn(4, 3))
+
+
+def test_a_frozen_dictionary_has_no_parameters_and_keeps_its_state() -> None:
+    dictionary = Dense(3, 4)
+    atoms, names = dictionary.atoms.detach().clone(), set(dictionary.state_dict())
+    dictionary.freeze_()
+    assert list(dictionary.parameters()) == []
+    assert set(dictionary.state_dict()) == names
+    torch.testing.assert_close(dictionary.atoms, atoms, rtol=0, atol=0)
+    assert dictionary.double().like.dtype == torch.float64

@@ -76,9 +76,6 @@ def test_prox_and_conjugate_look_through_wrappers(kind, shape):
         full,
         full.to_event(1),
         full.to_event(len(full.batch_shape)),
-        full.mask(True),
-        full.mask(True).to_event(1),
-        full.to_event(1).mask(True),
         dist.Independent(dist.Independent(full, 0), 1),
     ]
     expected = prox(plain, codes, 0.3)
@@ -110,7 +107,6 @@ def test_penalty_sums_over_event_dimensions_alone():
     assert penalty(prior.to_event(2), codes).shape == (5,)
     torch.testing.assert_close(penalty(prior.to_event(2), codes), expected.sum((1, 2)))
     torch.testing.assert_close(penalty(prior.to_event(1), codes), expected.sum(2))
-    torch.testing.assert_close(penalty(prior.mask(True), codes), expected)
 
 
 def test_penalty_is_infinite_outside_the_support():
@@ -245,3 +241,11 @@ def test_an_unregistered_prior_is_named(law):
         prox(law, torch.ones(3), 1.0)
     with pytest.raises(NotImplementedError, match="(?s)known for (Gamma|int).*register_conjugate"):
         conjugate(law)
+
+
+def test_a_masked_prior_is_refused_rather_than_looked_through() -> None:
+    prior = dist.Laplace(torch.zeros(3), 1.0).mask(torch.tensor([True, False, True]))
+    with pytest.raises(NotImplementedError, match="MaskedDistribution"):
+        prox(prior, torch.full((3,), 3.0), 1.0)
+    with pytest.raises(NotImplementedError, match="MaskedDistribution"):
+        conjugate(prior)

@@ -172,7 +172,7 @@ def test_values_of_other_sites_replace_those_of_the_objects(geometry: str) -> No
     dictionary, other = build(), build()
     given = {"rate": rate, "dictionary": other.atoms.detach()}
 
-    def rest(y: Tensor, num_data: int | None, mask: Tensor | None) -> dict[str, Tensor]:
+    def rest(y: Tensor, num_data: int | None, mask: Tensor | None = None) -> dict[str, Tensor]:
         return given
 
     guide = UnrolledFISTA(dictionary, Gaussian(0.5), inverse_rate, rest=rest)
@@ -540,3 +540,48 @@ def test_a_prior_without_a_prox_is_refused_by_name() -> None:
     guide = UnrolledFISTA(Dense(6, 4), Gaussian(0.5), dist.StudentT(3.0))
     with pytest.raises(NotImplementedError, match=r"StudentT.*register_prox\(StudentT\)"):
         guide(torch.zeros(3, 4))
+
+
+def test_a_second_pair_under_svi_trains_as_alone() -> None:
+    def losses(pair: tuple) -> list[float]:
+        model, guide, y = pair
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+        return [svi.step(y) for _ in range(5)]
+
+    alone = losses(make("dense", "tied"))
+    pyro.clear_param_store()
+    losses(make("dense", "untied"))
+    losses(make("dense", "tied"))
+    again = losses(make("dense", "tied"))  # the store still holds the parameters of the others
+    assert again == alone
+    assert again[-1] < again[0]
+
+
+def test_a_rate_with_a_distribution_needs_a_guide_of_its_own() -> None:
+    dictionary = Dense(6, 4)
+    with pytest.raises(TypeError, match="latent site of the model. Give the guide rest="):
+        UnrolledFISTA(dictionary, Gaussian(0.5), inverse_rate, rate=dist.Gamma(2.0, 1.0))
+    with pytest.raises(ValueError, match="constant or a module, got a parameter"):
+        UnrolledFISTA(dictionary, Gaussian(0.5), inverse_rate, rate=nn.Parameter(torch.ones(6)))
+
+
+def test_rest_that_returns_no_values_is_refused_by_name() -> None:
+    guide = UnrolledFISTA(
+        Dense(6, 4), Gaussian(0.5), inverse_rate, rest=lambda y, num_data=None: None
+    )
+    with pytest.raises(TypeError, match="rest to return a dict.*got NoneType"):
+        guide(torch.randn(3, 4))
+    with pytest.raises(ValueError, match="rate that rest samples: pass values="):
+        guide.encode(torch.randn(3, 4))
+
+
+def test_data_of_another_dtype_are_refused_by_name() -> None:
+    guide = UnrolledFISTA(Dense(6, 4), Gaussian(0.5), dist.Laplace(0.0, 1.0))
+    with pytest.raises(TypeError, match="dtype torch.float32, got torch.float64"):
+        guide.encode(torch.randn(3, 4, dtype=torch.float64))
+
+
+def test_a_forgotten_channel_is_named() -> None:
+    guide = UnrolledFISTA(Conv(3, 1, 5), Gaussian(0.5), dist.Laplace(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"A single channel is a dimension too: y\[:, None\]"):
+        guide(torch.randn(10, 30))

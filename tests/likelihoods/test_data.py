@@ -5,7 +5,7 @@ import torch
 from pyro_sparse.likelihoods import check_data, check_mask
 
 
-@pytest.mark.parametrize(("shape", "dims"), [((4, 5), 1), ((4, 2, 5), 2), ((3, 4, 5), 1)])
+@pytest.mark.parametrize(("shape", "dims"), [((4, 5), 1), ((4, 2, 5), 2), ((3, 4, 5), 2)])
 def test_data_without_a_mask_come_back_as_they_are(shape, dims, dtype):
     y = torch.randn(shape, dtype=dtype)
     checked, mask = check_data(y, None, None, dims)

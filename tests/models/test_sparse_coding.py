@@ -447,3 +447,22 @@ def test_a_dictionary_of_ones_own_serves() -> None:
     model = SparseCoding(Repeat(), Gaussian(NOISE), dist.Laplace(0.0, SCALE))
     found = trace(poutine.condition(model, {"codes": torch.tensor([[2.0]])}), torch.zeros(1, 4))
     torch.testing.assert_close(found.nodes["obs"]["fn"].mean.detach(), torch.full((1, 4), 2.0))
+
+
+def test_a_sampled_dictionary_leaves_no_parameter_without_a_gradient() -> None:
+    dictionary = Dense(6, 4)
+    prior = dist.Normal(0.0, 1.0)
+    model = SparseCoding(dictionary, Gaussian(0.5), dist.Laplace(0.0, 1.0), dictionary_prior=prior)
+    assert list(model.parameters()) == []
+    assert set(dictionary.state_dict()) == {"parametrizations.atoms.original"}
+    torch.testing.assert_close(dictionary.double().atoms.norm(dim=1), torch.ones(6).double())
+
+
+def test_a_rate_that_is_a_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match="pyro_sparse.distributions.Rate"):
+        SparseCoding(
+            Dense(6, 4),
+            Gaussian(0.5),
+            lambda rate: dist.Laplace(0.0, 1 / rate),
+            rate=torch.nn.Parameter(torch.ones(6)),
+        )

@@ -560,3 +560,17 @@ def test_solve_refuses_a_tolerance_below_the_rounding_of_an_operator() -> None:
         solve(y, dictionary, dist.Laplace(0.0, 1.0), tol=1e-6)
     assert bool(solve(y, dictionary, dist.Laplace(0.0, 1.0), tol=1e-5).converged)
     assert bool(solve(y.double(), dictionary.double(), dist.Laplace(0.0, 1.0), tol=1e-8).converged)
+
+
+class WronglyConjugate(dist.Laplace):
+    pass
+
+
+def test_a_conjugate_that_is_not_the_penaltys_is_refused_rather_than_certified() -> None:
+    @register_conjugate(WronglyConjugate)
+    def _(prior):
+        rate = 1 / prior.scale
+        return Conjugate(-rate, rate, lambda slope: torch.full_like(slope, -5.0))
+
+    with pytest.raises(ValueError, match="conjugate of .* does not belong to its penalty"):
+        solve(torch.randn(2, 5), Dense(8, 5), WronglyConjugate(0.0, 1.0))

@@ -22,7 +22,6 @@ def test_tutorial_runs_without_a_warning(script: Path, tmp_path: Path) -> None:
         "SMOKE": "1",
         "FIGURES": str(tmp_path),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
     }
     run = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300

@@ -14,7 +14,8 @@ import pyro
 import torch
 
 import pyro_sparse
-from tutorials.demo import figures, membrane, photograph
+
+from . import figures, membrane, photograph
 
 
 def main() -> None:

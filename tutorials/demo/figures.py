@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from tutorials.demo import membrane, photograph
+from . import membrane, photograph
 
 INK, MARK, QUIET = "#1f2933", "#c2410c", "#9aa5b1"
 GRID_COLOURS = matplotlib.colormaps["gray"].with_extremes(bad="#c9d6e3")
