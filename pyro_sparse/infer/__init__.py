@@ -1,5 +1,21 @@
 """Objectives and training."""
 
-from pyro_sparse.infer.fit import History, fit
+from pyro_sparse.infer.callbacks import Callback, Progress
+from pyro_sparse.infer.fit import fit
+from pyro_sparse.infer.guard import Fault, Guard, RollBack, Stop
+from pyro_sparse.infer.history import EarlyStopping, History
+from pyro_sparse.infer.phases import Phase, Update
 
-__all__ = ["History", "fit"]
+__all__ = [
+    "Callback",
+    "EarlyStopping",
+    "Fault",
+    "Guard",
+    "History",
+    "Phase",
+    "Progress",
+    "RollBack",
+    "Stop",
+    "Update",
+    "fit",
+]

@@ -2,53 +2,67 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import ignite.handlers
 import pyro
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar
-from pyro.infer import ELBO, Trace_ELBO
-from pyro.params.param_store import StateDict
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_sparse.likelihoods import check_mask
+from pyro_sparse.infer.batches import Batch, Source, check_finite, open_source
+from pyro_sparse.infer.callbacks import Callback, Progress
+from pyro_sparse.infer.guard import (
+    Fault,
+    Guard,
+    Snapshot,
+    Stop,
+    all_finite,
+    names_not_finite,
+    sites_not_finite,
+)
+from pyro_sparse.infer.history import EarlyStopping, History
+from pyro_sparse.infer.phases import Objective, Optimizer, Phase, Schedule, Update, build
+from pyro_sparse.infer.processes import all_of, mean_over, parallel, rank_and_size, share
+from pyro_sparse.infer.resume import (
+    Position,
+    Stored,
+    check_setting,
+    collect,
+    restore_optimizers,
+    restore_programs,
+)
+from pyro_sparse.infer.sites import check_sites, leaves
 
-Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-
-
-@dataclass
-class History:
-    """What a training did.
-
-    Attributes:
-        step_loss: Objective of each step in nats per datum (negative ELBO over ``num_data``).
-        epoch_loss: Its mean over each epoch, weighted by the sizes of the minibatches.
-        seconds: Wall-clock of the training.
-    """
-
-    step_loss: list[float] = field(default_factory=list)
-    epoch_loss: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+if TYPE_CHECKING:
+    from pyro_sparse.infer.checkpoints import Checkpoints
 
 
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    data: Tensor | np.ndarray[Any, Any],
+    data: Any,
     *,
-    mask: Tensor | None = None,
-    loss: ELBO | None = None,
+    mask: Any = None,
+    loss: Objective | None = None,
     optimizer: Optimizer = torch.optim.Adam,
+    schedule: Schedule | None = None,
     epochs: int = 10,
-    batch_size: int = 100,
+    phases: Sequence[Phase] | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
+    device: torch.device | str | None = None,
+    early_stopping: EarlyStopping | None = None,
+    callbacks: Sequence[Callback] = (),
+    guard: Guard | None = None,
+    checkpoints: Checkpoints | None = None,
     progress: bool = True,
 ) -> History:
     """Train a model and a guide by stochastic variational inference.
@@ -58,37 +72,50 @@ def fit(
     every size of data set. The order of the data is a function of ``seed`` and the epoch alone.
 
     Nothing global is left behind: Pyro's parameter store and torch's random state are those of
-    before the call. Parameters are those of the two modules; they are trained in place.
+    before the call. Parameters are those of the two modules; they are trained in place. Under
+    ``torchrun`` every process calls this with the same arguments and reads its share of each
+    minibatch; losses and gradients are those of one process, up to rounding.
 
     Args:
         model: Generative program, a module or a function.
         guide: Variational program with the same latent sites.
-        data: Shape ``(num_data, *signal_shape)``; moved to the parameters' dtype and device one
-            minibatch at a time, and never written to.
+        data: Shape ``(num_data, *signal_shape)``: a tensor, an array, a memory map (read a
+            minibatch at a time), a list or data frame, a map-style ``Dataset`` of data or of pairs
+            ``(datum, mask)``, or a ``DataLoader`` of batches. Cast to the parameters' dtype and
+            moved to their device one minibatch at a time, never written to.
         mask: True where a sample was observed, broadcastable to ``data``.
-        loss: An ELBO; default ``pyro.infer.Trace_ELBO()``.
+        loss: Objective, such as ``pyro.infer.Trace_ELBO()`` (the default).
         optimizer: Makes an optimiser of the parameters: a class, or
             ``functools.partial(torch.optim.Adam, lr=1e-2)``.
+        schedule: Makes a learning-rate schedule of the optimiser, stepped after every epoch.
         epochs: Passes over the data.
-        batch_size: Size of a minibatch; the last one of an epoch may be smaller.
+        phases: A recipe in place of ``loss``, ``optimizer``, ``schedule`` and ``epochs``.
+        batch_size: Size of a minibatch over all processes; default 100, or all data if fewer. The
+            last one of an epoch may be smaller.
         seed: Seed of the order of the data and of all sampling.
+        device: Where to move both modules first; they stay there.
+        early_stopping: When to end a phase before its time.
+        callbacks: Called after every step and every epoch, such as closed-form updates of rates.
+        guard: What to do about numbers that are not finite; default ``Stop()``.
+        checkpoints: Where to write checkpoints, and to resume from if there is one: the training
+            then continues as if it had not been interrupted, bit for bit on the CPU (not with a
+            ``DataLoader``, whose order is its own).
         progress: Show a progress bar.
 
     Returns:
         The losses. Parameters of ``model`` and ``guide`` have been trained.
 
     Raises:
-        TypeError: If ``data`` is not a real tensor or array, or ``mask`` not boolean.
+        TypeError: If ``data`` are not real numbers, or ``mask`` not boolean.
         ValueError: If a number is out of range, the data are empty or hold values that are not
-            finite where they were observed, neither program has a parameter, or one of them
-            makes parameters by ``pyro.param``, which live in no module.
-        FloatingPointError: If the objective stops being finite; parameters are those of before
-            the step.
+            finite where they were observed, sites of model and guide differ, neither has a
+            parameter, one of them makes parameters by ``pyro.param``, which live in no module, or
+            a checkpoint is of another training.
+        FloatingPointError: If something stops being finite and the guard ends the training;
+            parameters are those of before the step.
 
     Example:
         >>> import pyro.distributions as dist
-        >>> from torch import nn
-        >>> scale = nn.Parameter(torch.tensor(0.0))
         >>> class Guide(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -103,124 +130,31 @@ def fit(
         >>> history.epoch_loss[1] < history.epoch_loss[0]
         True
     """
-    for name, number in (("epochs", epochs), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"Expected {name} >= 1, got {number}.")
-    rows = _as_rows(data)
-    observed = None if mask is None else check_mask(rows, mask)
-    _check_finite(rows, observed)
-    history = History()
-    start = time.perf_counter()
-    with _isolated(seed):
-        elbo: Callable[..., nn.Module] = Trace_ELBO() if loss is None else loss
-        objective = elbo(_Apart(model), _Apart(guide))
-        batches = _Batches(rows, observed, batch_size, seed)
-        like = _like(objective)
-        _initialise(objective, batches.first(like))
-        parameters = [p for p in objective.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError("Expected a model or a guide with parameters to train, got none.")
-        stepper = optimizer(parameters)
-
-        def step(engine: Engine, batch: dict[str, Any]) -> tuple[float, int]:
-            stepper.zero_grad(set_to_none=True)
-            value = objective(*batch["args"], **batch["kwargs"]) / len(rows)
-            if not bool(torch.isfinite(value)):
-                raise FloatingPointError(
-                    f"Expected a finite objective, got {value.item()} at step "
-                    f"{engine.state.iteration}. Parameters are as before this step; try a "
-                    "smaller learning rate, and check the scale of the data."
-                )
-            value.backward()
-            stepper.step()
-            return value.item(), batch["size"]
-
-        engine = Engine(step)
-        batches.start(engine, like)
-        epoch: list[tuple[float, int]] = []
-
-        @engine.on(Events.ITERATION_COMPLETED)
-        def _record(engine: Engine) -> None:
-            output: Any = engine.state.output
-            epoch.append(output)
-            history.step_loss.append(output[0])
-
-        @engine.on(Events.EPOCH_COMPLETED)
-        def _summarise(engine: Engine) -> None:
-            history.epoch_loss.append(
-                sum(value * size for value, size in epoch) / sum(size for _, size in epoch)
-            )
-            epoch.clear()
-
-        if progress:
-            _show_progress(engine, by_step=len(batches) >= epochs)
-        engine.run(batches, max_epochs=epochs)
-    history.seconds = time.perf_counter() - start
-    return history
-
-
-def _show_progress(engine: Engine, *, by_step: bool) -> None:
-    """A bar for each epoch, or one bar over many short epochs."""
-    events = (
-        (Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED)
-        if by_step
-        else (Events.EPOCH_COMPLETED, Events.COMPLETED)
-    )
-    ProgressBar(desc="fit", ncols=80, persist=not by_step).attach(
-        engine,
-        output_transform=lambda output: {"nats per datum": output[0]},
-        event_name=events[0],
-        closing_event_name=events[1],
-    )
-
-
-class _Batches:
-    """Minibatches of an epoch, in an order that depends on the seed and the epoch alone."""
-
-    def __init__(self, rows: Tensor, mask: Tensor | None, batch_size: int, seed: int) -> None:
-        self.rows = rows
-        self.mask = mask
-        self.batch_size = batch_size
-        self.seed = seed
-        self.engine: Engine | None = None
-        self.like = rows
-
-    def start(self, engine: Engine, like: Tensor) -> None:
-        self.engine, self.like = engine, like
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        assert self.engine is not None
-        # numpy's seed sequence mixes both numbers: neighbouring seeds and epochs share no order.
-        epoch = self.engine.state.epoch
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-        for begin in range(0, len(order), self.batch_size):
-            index = torch.from_numpy(order[begin : begin + self.batch_size])
-            yield self._make(index, self.like)
-
-    def first(self, like: Tensor) -> dict[str, Any]:
-        return self._make(torch.arange(min(self.batch_size, len(self.rows))), like)
-
-    def _make(self, index: Tensor, like: Tensor) -> dict[str, Any]:
-        y = self.rows[index].to(dtype=like.dtype, device=like.device)
-        kwargs = {}
-        if self.mask is not None:
-            kwargs["mask"] = self.mask[index].to(like.device)
-        return {"args": (y, len(self.rows)), "kwargs": kwargs, "size": len(index)}
-
-
-@contextmanager
-def _isolated(seed: int) -> Iterator[None]:
-    """A random state of our own, put back at the end."""
+    if phases is None:
+        update = Update(optimizer=optimizer, schedule=schedule)
+        update = update if loss is None else replace(update, loss=loss)
+        phases = [Phase(epochs, [update])]
+    elif loss is not None or schedule is not None:
+        raise ValueError("Expected loss and schedule inside the phases, got them beside phases=.")
+    rank, world_size = rank_and_size()
+    source = open_source(data, mask, batch_size, seed, rank, world_size)
+    for program in (model, guide):
+        if device is not None and isinstance(program, nn.Module):
+            program.to(device)
+    training = _Training(_Apart(model), _Apart(guide), source, phases)
+    training.seed = seed
+    training.early_stopping = early_stopping
+    training.callbacks = callbacks
+    training.guard = Stop() if guard is None else guard
+    training.checkpoints = checkpoints
+    training.progress = progress and rank == 0
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+        torch.manual_seed(seed + rank)
+        return training.run()
 
 
 class _Apart(nn.Module):
-    """A program with a parameter store of its own; Pyro's global one is left as it was.
+    """A program with a parameter store of its own.
 
     The store goes by attribute path, so the parameter of one program would silently replace that
     of the other where both have the same name. (Pyro's ``module_local_params`` does the same, but
@@ -230,57 +164,372 @@ class _Apart(nn.Module):
     def __init__(self, program: Callable[..., Any]) -> None:
         super().__init__()
         self.program = program
-        self.state: StateDict = {"params": {}, "constraints": {}}
+        self.state: dict[str, Any] = {"params": {}, "constraints": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with pyro.get_param_store().scope(self.state):
             return self.program(*args, **kwargs)
 
 
-def _initialise(objective: nn.Module, batch: dict[str, Any]) -> None:
-    """Run once, so that parts that set themselves up at the first call have their parameters."""
-    with torch.no_grad():
-        objective(*batch["args"], **batch["kwargs"])
-    own = {id(p) for p in objective.parameters()}
-    stores = [part.state["params"] for part in objective.children() if isinstance(part, _Apart)]
-    strangers = [name for store in stores for name, leaf in store.items() if id(leaf) not in own]
-    if strangers:
-        raise ValueError(
-            f"Expected all parameters to belong to a module, got pyro.param sites {strangers}: "
-            "they would be trained by pyro.infer.SVI, but not here. Make the program a "
-            "pyro.nn.PyroModule and these its PyroParam attributes."
+class _Found(Exception):
+    """Carries a fault out of an optimiser's closure."""
+
+    def __init__(self, kind: str, names: tuple[str, ...]) -> None:
+        super().__init__(kind)
+        self.kind = kind
+        self.names = names
+
+
+class _Training:
+    """One call of ``fit``: what it was given, and where it stands."""
+
+    seed: int
+    early_stopping: EarlyStopping | None
+    callbacks: Sequence[Callback]
+    guard: Guard
+    checkpoints: Checkpoints | None
+    progress: bool
+
+    def __init__(
+        self, model: _Apart, guide: _Apart, source: Source, phases: Sequence[Phase]
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.programs = nn.ModuleDict({"model": model, "guide": guide})
+        self.source = source
+        self.phases = phases
+        self.history = History()
+        self.position = Position()
+        self.objectives: list[nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.schedules: list[LRScheduler | None] = []
+        self.snapshot = Snapshot(self.programs, [])
+        self.named: list[tuple[str, Tensor]] = []
+        self.last_batch: Batch | None = None
+        self.start = time.perf_counter()
+
+    def run(self) -> History:
+        """All phases, from where a checkpoint left them if there is one."""
+        self._initialise()
+        stored = None if self.checkpoints is None else self.checkpoints.read()
+        if stored is not None:
+            check_setting(stored, self._setting())
+            restore_programs(stored, self.programs, self.callbacks)
+            self.history = History(**stored[1]["history"])
+            self.position = Position(**stored[1]["position"])
+            self.start -= self.history.seconds
+        self.guard.count = self.position.faults
+        while self.position.phase < len(self.phases):
+            if not self.position.done:
+                self._run_phase(self.phases[self.position.phase], stored)
+            stored = None
+            self.position = Position(phase=self.position.phase + 1, step=self.position.step)
+        self.history.seconds = time.perf_counter() - self.start
+        return self.history
+
+    def _initialise(self) -> None:
+        """Run both programs once, before anything changes; refuse what cannot be trained."""
+        with torch.random.fork_rng():
+            args, kwargs = self._arguments(next(self.source.epoch(0, self._like())))
+            with torch.no_grad():  # parts that set themselves up at the first call do so now
+                self.guide(*args, **kwargs)
+            args, kwargs = self._arguments(next(self.source.epoch(0, self._like())))
+            check_sites(self.model, self.guide, *args, **kwargs)
+            own = {id(p) for p in self.programs.parameters()}
+            stores = [program.state["params"] for program in (self.model, self.guide)]
+            strangers = [name for store in stores for name, p in store.items() if id(p) not in own]
+            if strangers:
+                raise ValueError(
+                    "Expected all parameters to belong to a module, got pyro.param sites "
+                    f"{strangers}: they would be trained by pyro.infer.SVI, but not here. Make the "
+                    "program a pyro.nn.PyroModule and these its PyroParam attributes."
+                )
+            for phase in self.phases:
+                for update in phase.updates:
+                    objective = update.loss(self.model, self.guide)
+                    build(update, objective)
+                    unseen = [p for p in leaves(objective(*args, **kwargs)) if id(p) not in own]
+                    if unseen:
+                        shapes = [tuple(p.shape) for p in unseen]
+                        raise ValueError(
+                            "Expected every parameter to belong to the model or the guide, got "
+                            f"some of shape {shapes} that a function only refers to: they "
+                            "would not be trained. Make it a pyro.nn.PyroModule that holds them."
+                        )
+
+    def _run_phase(self, phase: Phase, stored: Stored | None) -> None:
+        self.objectives = [update.loss(self.model, self.guide) for update in phase.updates]
+        built = [build(u, o) for u, o in zip(phase.updates, self.objectives)]
+        self.optimizers = [optimizer for optimizer, _ in built]
+        self.schedules = [schedule for _, schedule in built]
+        if stored is not None:
+            restore_optimizers(stored, self.optimizers, self.schedules)
+        self.snapshot = Snapshot(self.programs, self.optimizers)
+        self.named = [(_readable(n), p) for n, p in self.programs.named_parameters()]
+        moving = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        engine = Engine(lambda engine, batch: self._step(batch))
+        engine.logger = _QUIET
+        stopper = self._stopper(engine)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_step, phase)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch, phase, stopper)
+        if self.progress:
+            _show_progress(engine, by_step=len(self.source) >= phase.epochs)
+        length = len(self.source)
+        position = {"iteration": self.position.iteration, "epoch_length": length}
+        engine.load_state_dict({**position, "max_epochs": phase.epochs})
+        with _held([p for p in self.programs.parameters() if id(p) not in moving]):
+            self.objectives = [parallel(objective) for objective in self.objectives]
+            if self.position.iteration < phase.epochs * length:
+                engine.run(_Epochs(self), max_epochs=phase.epochs, epoch_length=length)
+        self.position.done = True
+        self._write()
+
+    # One step
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """All updates of the phase on one minibatch."""
+        self._check(batch)
+        if not all_of(batch.mask is None or bool(batch.mask.any())):
+            self.history.skipped += 1
+            return {"loss": math.nan}
+        losses = []
+        self.snapshot.take()
+        try:
+            for objective, optimizer in zip(self.objectives, self.optimizers):
+                losses.append(self._update(objective, optimizer, batch))
+        except _Found as found:
+            self.snapshot.restore()
+            step, epoch = self.position.step + 1, self._epoch()
+            fault = Fault(found.kind, found.names, step, epoch, batch.where())
+            self.position.faults += 1
+            self.guard.count = self.position.faults
+            self.guard.answer(fault, self.optimizers)
+            self.history.faults.append(str(fault))
+            losses = [math.nan] * len(self.objectives)
+        self.history.step_loss.append(losses[0])
+        self.history.update_loss.append(losses)
+        self.position.epoch_so_far.append((losses[0], batch.size))
+        self.last_batch = batch
+        self._call_back("after_step", self.position.step + 1, self._epoch(), losses[0])
+        return {"loss": losses[0]}
+
+    def _update(
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
+    ) -> float:
+        """One optimiser step; raises ``_Found`` at the first thing that is not finite."""
+        args, kwargs = self._arguments(batch)
+        weight = share(len(batch.y), batch.size) / self.source.num_data
+        latest = torch.zeros(())
+
+        def closure() -> Tensor:
+            nonlocal latest
+            self.programs.zero_grad(set_to_none=True)
+            value = objective(*args, **kwargs) * weight
+            if not all_of(bool(torch.isfinite(value))):
+                names = sites_not_finite(self.model, self.guide, *args, **kwargs)
+                raise _Found("objective", names)
+            value.backward()
+            gradients = [(name, p.grad) for name, p in self.named if p.grad is not None]
+            if not all_finite(gradient for _, gradient in gradients):
+                raise _Found("gradient", names_not_finite(gradients))
+            latest = value.detach()
+            return value
+
+        optimizer.step(closure)
+        state = [
+            (name, tensor)
+            for name, p in self.named
+            for tensor in optimizer.state.get(p, {}).values()
+            if isinstance(tensor, Tensor)
+        ]
+        if not all_finite(tensor for _, tensor in (*self.named, *state)):
+            names = names_not_finite(self.named)
+            kind = "parameter" if names else "optimiser state"
+            raise _Found(kind, names or tuple(dict.fromkeys(names_not_finite(state))))
+        return mean_over(latest)
+
+    def _check(self, batch: Batch) -> None:
+        """What lies on disk could not be searched before the training."""
+        if not self.source.searched:
+            check_finite(batch.y, batch.mask, f" of {batch.where()}")
+
+    # Around the steps
+
+    def _after_step(self, engine: Engine, phase: Phase) -> None:
+        self.position.iteration = engine.state.iteration
+        self.position.step += 1
+        self._advance_schedules(phase, per_step=True)
+        if self.position.iteration % len(self.source):  # the last of an epoch is not over yet
+            self._write_if_due()
+
+    def _after_epoch(self, engine: Engine, phase: Phase, stopper: Any) -> None:
+        kept = [(loss, n) for loss, n in self.position.epoch_so_far if not math.isnan(loss)]
+        total = sum(size for _, size in kept)
+        self.history.epoch_loss.append(
+            sum(loss * size for loss, size in kept) / total if total else math.nan
         )
-
-
-def _like(objective: nn.Module) -> Tensor:
-    floating = (p for p in objective.parameters() if p.is_floating_point())
-    return next(floating, torch.empty(0))
-
-
-def _as_rows(data: Any) -> Tensor:
-    rows = data
-    if isinstance(data, np.ndarray) and data.dtype.kind in "fiub":
-        with warnings.catch_warnings():
-            # Nothing writes to the rows, so a read-only array (a memmap) need not be copied.
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-            rows = torch.from_numpy(np.ascontiguousarray(data))
-    if not isinstance(rows, Tensor) or rows.is_complex():
-        raise TypeError(
-            "Expected data to be a real tensor or numpy array of shape (num_data, *signal_shape), "
-            f"got {getattr(data, 'dtype', type(data).__name__)}."
+        self.position.epoch_so_far = []
+        self._advance_schedules(phase, per_step=False)
+        # The iteration already counts as one of the next epoch.
+        self._call_back(
+            "after_epoch", self.position.step, self._epoch() - 1, self.history.epoch_loss[-1]
         )
-    if rows.dim() == 0 or rows.numel() == 0:
-        raise ValueError(f"Expected data with at least one datum, got shape {tuple(rows.shape)}.")
-    return rows.detach()
+        if stopper is not None:
+            stopper(engine)
+            self.position.stopper = dict(stopper.state_dict())
+        ended = self.position.iteration >= phase.epochs * len(self.source)
+        self.position.done = ended or bool(engine.should_terminate)
+        self._write_if_due()
 
+    def _advance_schedules(self, phase: Phase, *, per_step: bool) -> None:
+        for update, schedule in zip(phase.updates, self.schedules):
+            if schedule is not None and update.schedule_per_step == per_step:
+                schedule.step()
 
-def _check_finite(rows: Tensor, mask: Tensor | None) -> None:
-    bad = ~torch.isfinite(rows)
-    if mask is not None:
-        bad &= mask
-    if bool(bad.any()):
-        first = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"Expected finite data, got {int(bad.sum())} values that are not, the first at index "
-            f"{first}. Pass mask= (True = observed) to leave them out."
+    def _stopper(self, engine: Engine) -> ignite.handlers.EarlyStopping | None:
+        asked = self.early_stopping
+        if asked is None:
+            return None
+        stopper = ignite.handlers.EarlyStopping(
+            asked.patience, lambda engine: -self._criterion(), engine, asked.min_delta
         )
+        stopper.logger = _QUIET
+        if self.position.stopper is not None:
+            stopper.load_state_dict(self.position.stopper)
+        return stopper
+
+    def _criterion(self) -> float:
+        """What early stopping looks at, after an epoch."""
+        asked = self.early_stopping
+        if asked is None or asked.data is None:
+            return self.history.epoch_loss[-1]
+        held_out = open_source(asked.data, asked.mask, None, 0)
+        total = 0.0
+        with torch.no_grad(), torch.random.fork_rng():
+            for batch in held_out.epoch(0, self._like()):
+                args, kwargs = self._arguments(batch, num_data=len(batch.y))
+                total += float(self.objectives[0](*args, **kwargs))
+        self.history.validation_loss.append(total / held_out.num_data)
+        return self.history.validation_loss[-1]
+
+    def _call_back(self, moment: str, step: int, epoch: int, loss: float) -> None:
+        batch = self.last_batch
+        if not self.callbacks or batch is None:
+            return
+        progress = Progress(
+            model=self.model.program,
+            guide=self.guide.program,
+            y=batch.y,
+            mask=batch.mask,
+            num_data=self.source.num_data,
+            step=step,
+            epoch=epoch,
+            phase=self.position.phase,
+            loss=loss,
+        )
+        for callback in self.callbacks:
+            getattr(callback, moment)(progress)
+
+    def _write_if_due(self) -> None:
+        if self.checkpoints is not None and self.position.step % self.checkpoints.every == 0:
+            self._write()
+
+    def _write(self) -> None:
+        if self.checkpoints is None or rank_and_size()[0] != 0:
+            return
+        self.history.seconds = time.perf_counter() - self.start
+        tensors, record = collect(
+            self.position,
+            self.history,
+            self._setting(),
+            self.programs,
+            self.optimizers,
+            self.schedules,
+            self.callbacks,
+        )
+        self.checkpoints.write(self.position.step, tensors, record)
+
+    def _setting(self) -> dict[str, Any]:
+        """What has to be equal for a checkpoint to be one of this training."""
+        return {
+            "num_data": self.source.num_data,
+            "batches": len(self.source),
+            "seed": self.seed,
+            "epochs": [phase.epochs for phase in self.phases],
+            "updates": [len(phase.updates) for phase in self.phases],
+        }
+
+    # Small things
+
+    def _epoch(self) -> int:
+        """Number of the epoch over all phases, from 1."""
+        return self._epochs_before() + self.position.iteration // len(self.source) + 1
+
+    def _epochs_before(self) -> int:
+        return sum(phase.epochs for phase in self.phases[: self.position.phase])
+
+    def _like(self) -> Tensor:
+        floating = (p for p in self.programs.parameters() if p.is_floating_point())
+        return next(floating, torch.empty(0))
+
+    def _arguments(
+        self, batch: Batch, num_data: int | None = None
+    ) -> tuple[tuple[Tensor, int], dict[str, Tensor]]:
+        kwargs = {} if batch.mask is None else {"mask": batch.mask}
+        return (batch.y, self.source.num_data if num_data is None else num_data), kwargs
+
+
+class _Epochs:
+    """The data of one epoch after the other, for the engine; resumes inside an epoch."""
+
+    def __init__(self, training: _Training) -> None:
+        self.training = training
+
+    def __len__(self) -> int:
+        return len(self.training.source)
+
+    def __iter__(self) -> Iterator[Batch]:
+        training = self.training
+        done = training.position.iteration % len(self)
+        return training.source.epoch(training._epoch(), training._like(), skip=done)
+
+
+_QUIET = logging.getLogger("pyro_sparse.infer.fit")
+"""For ignite, which would report an exception that is raised anyway on a channel of its own."""
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False
+
+
+def _readable(name: str) -> str:
+    """Name of a parameter as the user knows it."""
+    return (
+        name.replace(".program.", ".").replace(".parametrizations.", ".").removesuffix(".original")
+    )
+
+
+@contextmanager
+def _held(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters that do not move in this phase get no gradients either."""
+    were = [(p, p.requires_grad) for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, required in were:
+            p.requires_grad_(required)
+
+
+def _show_progress(engine: Engine, *, by_step: bool) -> None:
+    """A bar for each epoch, or one bar over many short epochs."""
+    events = (
+        (Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED)
+        if by_step
+        else (Events.EPOCH_COMPLETED, Events.COMPLETED)
+    )
+    ignite.handlers.ProgressBar(desc="fit", ncols=80, persist=not by_step).attach(
+        engine,
+        output_transform=lambda output: {"nats per datum": output["loss"]},
+        event_name=events[0],
+        closing_event_name=events[1],
+    )

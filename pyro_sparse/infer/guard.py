@@ -1,0 +1,195 @@
+"""Numbers that stop being finite are noticed in the step that made them.
+
+A step leaves its traces in four places: the objective, the gradients, the parameters and the
+optimiser's state. (The last is the treacherous one: a gradient of 1e30 is finite, its square in
+Adam's second moment is not, and from then on the parameter stands still without a word.) All four
+are looked at in every step, and what was there before the step is kept, so that nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that was not finite.
+
+    Attributes:
+        kind: ``"objective"``, ``"gradient"``, ``"parameter"`` or ``"optimiser state"``.
+        names: What it was: sites of the programs, or parameters.
+        step: Number of the step, from 1.
+        epoch: Number of the epoch, from 1.
+        where: Which minibatch.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    step: int
+    epoch: int
+    where: str
+
+    def __str__(self) -> str:
+        names = f" ({', '.join(self.names)})" if self.names else ""
+        return (
+            f"{self.kind} not finite{names} at step {self.step}, epoch {self.epoch}, {self.where}"
+        )
+
+
+class Guard:
+    """Declares what to do about a fault; the step that made it has already been undone.
+
+    Attributes:
+        count: Faults in this training so far, this one included; ``fit`` keeps it.
+    """
+
+    count: int = 0
+
+    def answer(self, fault: Fault, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Change something and return to go on with the next minibatch, or raise.
+
+        Raises:
+            FloatingPointError: To end the training.
+        """
+        raise NotImplementedError
+
+
+class Stop(Guard):
+    """End the training with an error that names the fault."""
+
+    def answer(self, fault: Fault, optimizers: list[torch.optim.Optimizer]) -> None:  # noqa: D102
+        raise FloatingPointError(
+            f"Expected finite numbers: {fault}. Parameters, optimiser and random state are those "
+            "before the step. Look at this minibatch, lower the learning rate, or pass "
+            "guard=RollBack() to go on with smaller steps."
+        )
+
+
+class RollBack(Guard):
+    """Leave the minibatch out and go on with a smaller learning rate.
+
+    Args:
+        factor: What every learning rate is multiplied by, in (0, 1].
+        limit: Number of faults after which the training ends all the same.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(self, *, factor: float = 0.5, limit: int = 10) -> None:
+        if not 0 < factor <= 1 or limit < 1:
+            raise ValueError(f"Expected factor in (0, 1] and limit >= 1, got {factor}, {limit}.")
+        self.factor = factor
+        self.limit = limit
+
+    def answer(self, fault: Fault, optimizers: list[torch.optim.Optimizer]) -> None:  # noqa: D102
+        if self.count > self.limit:
+            raise FloatingPointError(
+                f"Expected at most {self.limit} faults, got one more: {fault}. Parameters, "
+                "optimiser and random state are those before the step."
+            )
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * self.factor
+
+
+class Snapshot:
+    """Everything a step changes, as it was before the step.
+
+    Args:
+        module: Its parameters and buffers are kept.
+        optimizers: Their state is kept.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.module = module
+        self.optimizers = optimizers
+        self.tensors: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        self.states: list[dict[Any, dict[str, Any]]] = []
+        self.random: list[Tensor] = []
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Keep what is there now. Memory is that of the parameters and the optimisers' state."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        self.states = []
+        for optimizer in self.optimizers:
+            kept = {}
+            for parameter, state in optimizer.state.items():
+                kept[parameter] = dict(state)
+                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+            self.states.append(kept)
+        same = len(tensors) == len(self.tensors)
+        if same and all(a is b for a, b in zip(tensors, self.tensors)):
+            torch._foreach_copy_(self.copies, tensors)
+        else:
+            self.tensors, self.copies = tensors, [t.detach().clone() for t in tensors]
+        self.random = random_state()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what was kept, bit for bit."""
+        torch._foreach_copy_(self.tensors, self.copies)
+        for optimizer, kept in zip(self.optimizers, self.states):
+            optimizer.state.clear()
+            optimizer.state.update(kept)
+        set_random_state(self.random)
+
+
+def random_state() -> list[Tensor]:
+    """State of torch's generators: the CPU's, then each GPU's that is in use."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_state(states: list[Tensor]) -> None:
+    """Undo of ``random_state``."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every value is finite, in one pass over the tensors and one synchronisation."""
+    floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+    if not floating:
+        return True
+    # The largest magnitude, not the length: the sum of squares overflows before the values do.
+    largest = torch._foreach_norm(floating, torch.inf)
+    device = largest[0].device
+    return bool(torch.stack([norm.to(device, torch.float64) for norm in largest]).isfinite().all())
+
+
+def names_not_finite(named: Iterable[tuple[str, Tensor]]) -> tuple[str, ...]:
+    """Names of the tensors that hold a value which is not finite."""
+    return tuple(name for name, tensor in named if not bool(torch.isfinite(tensor).all()))
+
+
+def sites_not_finite(
+    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[str, ...]:
+    """Sites whose value or log-probability is not finite when the programs run once more."""
+    names: list[str] = []
+    with torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
+        for trace in (guide_trace, replayed.get_trace(*args, **kwargs)):
+            trace.compute_log_prob()
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample":
+                    continue
+                values = (site["value"], site["log_prob"])
+                finite = all(bool(torch.isfinite(torch.as_tensor(v)).all()) for v in values)
+                if not finite and name not in names:
+                    names.append(name)
+    return tuple(names)

@@ -1,0 +1,51 @@
+"""What a training is asked to stop at, and what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class History:
+    """What a training did.
+
+    Attributes:
+        step_loss: Objective of each step in nats per datum (negative ELBO over ``num_data``); of
+            the first update where a phase has several, ``nan`` for a step that was undone.
+        update_loss: Of all updates of each step.
+        epoch_loss: Mean of ``step_loss`` over each epoch, weighted by the sizes of the minibatches.
+        validation_loss: Objective of the validation data after each epoch, if there are any.
+        faults: What was not finite, in words, where the training went on.
+        skipped: Minibatches without any observed sample.
+        seconds: Wall-clock of the training, earlier runs that it resumed from included.
+    """
+
+    step_loss: list[float] = field(default_factory=list)
+    update_loss: list[list[float]] = field(default_factory=list)
+    epoch_loss: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """End a phase when its loss has not improved for some epochs.
+
+    Attributes:
+        patience: Epochs without improvement, ``>= 1``.
+        min_delta: What counts as one, in nats per datum.
+        data: Validation data, shape ``(n, *signal_shape)``; without them the training loss counts.
+        mask: True where a validation sample was observed.
+    """
+
+    patience: int
+    min_delta: float = 0.0
+    data: Any = None
+    mask: Any = None
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"Expected patience >= 1, got {self.patience}.")

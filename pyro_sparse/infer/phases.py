@@ -1,0 +1,101 @@
+"""Training recipes: what is minimised, which parameters move, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+Objective = Callable[..., nn.Module]
+"""Called as ``objective(model, guide)``; gives a module that is called as ``(y, num_data, mask=)``.
+
+Pyro's ELBO objects are of this kind, and so is any function that returns such a module."""
+
+Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+"""Makes an optimiser of parameters: a class, or ``partial(torch.optim.Adam, lr=1e-2)``."""
+
+Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
+"""Makes a schedule of an optimiser: ``partial(torch.optim.lr_scheduler.StepLR, step_size=5)``."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step on one objective.
+
+    Attributes:
+        loss: Objective; default Pyro's ``Trace_ELBO()``.
+        optimizer: Makes the optimiser.
+        train: Modules and parameters that move; None for all of both programs.
+        schedule: Makes the learning-rate schedule, stepped after every epoch.
+        schedule_per_step: Step the schedule after every minibatch instead.
+    """
+
+    loss: Objective = field(default_factory=Trace_ELBO)
+    optimizer: Optimizer = torch.optim.Adam
+    train: Sequence[nn.Module | Tensor] | None = None
+    schedule: Schedule | None = None
+    schedule_per_step: bool = False
+
+    def parameters(self, objective: nn.Module) -> list[Tensor]:
+        """Parameters of an objective that this update moves.
+
+        Raises:
+            ValueError: If there are none, or ``train`` names one that is not the programs'.
+        """
+        own = [p for p in objective.parameters() if p.requires_grad]
+        if self.train is not None:
+            chosen: list[Tensor] = []
+            for item in self.train:
+                chosen += [item] if isinstance(item, Tensor) else list(item.parameters())
+            strangers = {id(p) for p in chosen} - {id(p) for p in objective.parameters()}
+            if strangers:
+                raise ValueError(
+                    f"Expected train to hold parts of the model or the guide, but {len(strangers)} "
+                    "of its parameters belong to neither."
+                )
+            wanted = {id(p) for p in chosen}
+            own = [p for p in own if id(p) in wanted]
+        if not own:
+            raise ValueError("Expected parameters to train in the model or the guide, got none.")
+        return own
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: its updates are made in turn on every minibatch.
+
+    Two phases one after the other make a recipe such as "first without labels, then with"; two
+    updates in one phase make one such as "the dictionary by the reconstruction, then the rates by
+    their own loss" on each minibatch.
+
+    Attributes:
+        epochs: Passes over the data, ``>= 1``.
+        updates: At least one.
+    """
+
+    epochs: int
+    updates: Sequence[Update] = (Update(),)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"Expected epochs >= 1, got {self.epochs}.")
+        if not self.updates:
+            raise ValueError("Expected at least one update in a phase, got none.")
+
+
+def build(update: Update, objective: nn.Module) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    """Optimiser and schedule of an update.
+
+    Raises:
+        ValueError: If a learning rate is not positive.
+    """
+    optimizer = update.optimizer(update.parameters(objective))
+    rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
+    if any(rate is not None and not rate > 0 for rate in rates):
+        raise ValueError(f"Expected learning rates > 0, got {rates}.")
+    return optimizer, None if update.schedule is None else update.schedule(optimizer)
