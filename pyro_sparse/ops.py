@@ -1,4 +1,4 @@
-"""Shrinkage operators and spectral bounds: pure functions of tensors.
+"""Shrinkage operators, spectral bounds and a parametrisation: pure torch.
 
 Each shrinkage is a proximal operator, ``prox_t(u) = argmin_z t * penalty(z) + (z - u)**2 / 2``;
 its docstring names the penalty. They run at every unrolled step, so they check nothing: thresholds
@@ -8,7 +8,7 @@ are non-negative by construction where they come from a constrained parameter or
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def soft_threshold(codes: Tensor, threshold: Tensor | float) -> Tensor:
@@ -148,3 +148,25 @@ def largest_eigenvalue_bound(
     exact = torch.linalg.eigvalsh(matrix)[..., -1].clamp_min(0)
     exact = exact * (1 + 4 * size * torch.finfo(matrix.dtype).eps)
     return exact.max() if joint else exact
+
+
+class Positive(nn.Module):
+    """Parametrisation of a positive tensor by its logarithm: every gradient step keeps the sign.
+
+    Example:
+        >>> from torch.nn.utils import parametrize
+        >>> module = nn.Module()
+        >>> module.scale = nn.Parameter(torch.tensor(1.0))
+        >>> _ = parametrize.register_parametrization(module, "scale", Positive())
+        >>> module.parametrizations.scale.original
+        Parameter containing:
+        tensor(0., requires_grad=True)
+    """
+
+    def forward(self, log_value: Tensor) -> Tensor:
+        """The positive tensor, from its logarithm."""
+        return log_value.exp()
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """What to store for ``value``: its logarithm."""
+        return value.log()

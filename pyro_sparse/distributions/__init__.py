@@ -17,11 +17,19 @@ from pyro_sparse.distributions.prox import (
     register_conjugate,
     register_prox,
 )
+from pyro_sparse.distributions.rates import (
+    Rate,
+    RateStatistic,
+    rate_statistic,
+    register_rate_statistic,
+)
 
 __all__ = [
     "Conjugate",
     "Law",
     "Prior",
+    "Rate",
+    "RateStatistic",
     "check_prior",
     "check_rate",
     "codes_prior",
@@ -29,7 +37,9 @@ __all__ = [
     "match",
     "penalty",
     "prox",
+    "rate_statistic",
     "register_conjugate",
     "register_prox",
+    "register_rate_statistic",
     "spread",
 ]

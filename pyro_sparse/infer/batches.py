@@ -32,6 +32,7 @@ class Batch:
         rows: Indices of the data in their source, or None if the source does not tell.
         number: Position in its epoch, from 0.
         size: Number of data in the whole minibatch, over all processes.
+        own: Number of them that this process counts.
     """
 
     y: Tensor
@@ -39,6 +40,7 @@ class Batch:
     rows: np.ndarray[Any, Any] | None
     number: int
     size: int
+    own: int
 
     def where(self) -> str:
         """Words for a message: which batch, and which data."""
@@ -53,10 +55,12 @@ class Source:
 
     Attributes:
         num_data: Size of the data set.
+        batch_size: Rows in a minibatch, None if the source does not tell.
         searched: Whether all data are known to be finite; otherwise each minibatch is searched.
     """
 
     num_data: int
+    batch_size: int | None
     searched: bool = False
 
     def __len__(self) -> int:
@@ -64,7 +68,7 @@ class Source:
         raise NotImplementedError
 
     def epoch(self, epoch: int, like: Tensor, skip: int = 0) -> Iterator[Batch]:
-        """Minibatches of an epoch, without the first ``skip``, like ``like`` in dtype and device."""
+        """Minibatches of an epoch but the first ``skip``, with dtype and device of ``like``."""
         raise NotImplementedError
 
 
@@ -111,22 +115,28 @@ class Rows(Source):
         """One minibatch of the given rows."""
         size = len(rows)
         share = rows[self.rank :: self.world_size]
+        own = len(share)
         share = share if len(share) else rows[:1]  # a process without rows still takes part
         y, mask = _take(self.data, share)
         if self.mask is not None:
             mask = self.mask[torch.from_numpy(share)]
-        return Batch(*_place(y, mask, like), share, number, size)
+        return Batch(*_place(y, mask, like), share, number, size, own)
 
 
 class Loader(Source):
     """A user's ``DataLoader``: order, workers and batch size are its own.
 
     Args:
-        loader: Gives a tensor ``(n, *signal_shape)``, or a pair of that and a mask.
+        loader: Gives a tensor ``(n, *signal_shape)``, or a pair of that and a mask. Where there are
+            several processes, each has one of its own over its share, in batches of equal sizes:
+            see ``torch.utils.data.DistributedSampler``.
+        world_size: Number of processes.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any], world_size: int = 1) -> None:
         self.loader = loader
+        self.world_size = world_size
+        self.batch_size = loader.batch_size
         self.num_data = len(loader.dataset)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -139,7 +149,8 @@ class Loader(Source):
                     item if isinstance(item, list | tuple) and len(item) == 2 else (item, None)
                 )
                 y = y[0] if isinstance(y, list | tuple) else y
-                yield Batch(*_place(y, mask, like), None, number, len(y))
+                size = len(y) * self.world_size
+                yield Batch(*_place(y, mask, like), None, number, size, len(y))
 
 
 def open_source(
@@ -166,7 +177,9 @@ def open_source(
                 "Expected no mask= and no batch_size= with a DataLoader: it makes its own batches, "
                 "and gives pairs (y, mask) where samples are missing."
             )
-        return Loader(data)
+        if len(data) == 0:
+            raise ValueError("Expected data with at least one datum, got a loader of no batches.")
+        return Loader(data, world_size)
     if isinstance(data, Dataset):
         if mask is not None:
             raise ValueError("Expected no mask= with a Dataset: let it give pairs (y, mask).")
@@ -259,9 +272,11 @@ def _take(data: Any, rows: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor | None]
     pairs = [item if isinstance(item, tuple) else (item, None) for item in items]
     y = torch.stack([torch.as_tensor(_array(value)) for value, *_ in pairs])
     given = [pair[1] if len(pair) > 1 else None for pair in pairs]
-    if any(m is None for m in given):
+    if all(m is None for m in given):
         return y, None
-    return y, torch.stack([torch.as_tensor(m) for m in given])
+    whole = torch.ones((), dtype=torch.bool)
+    masks = [whole if m is None else torch.as_tensor(m) for m in given]
+    return y, torch.stack([check_mask(value, m) for value, m in zip(y, masks)])
 
 
 def _array(values: Any) -> Any:
@@ -275,4 +290,4 @@ def _as_mask(data: Any, mask: Any) -> Tensor:
 
 def _place(y: Tensor, mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
     y = y.to(dtype=like.dtype, device=like.device)
-    return y, None if mask is None else mask.to(like.device)
+    return y, None if mask is None else check_mask(y, mask).to(like.device)

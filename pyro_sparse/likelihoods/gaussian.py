@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pyro_sparse.likelihoods.base import Likelihood
+from pyro_sparse.ops import Positive
 
 
 class Gaussian(Likelihood):
@@ -38,13 +39,39 @@ class Gaussian(Likelihood):
         if not isinstance(scale, Tensor):  # also a numpy scalar, whose float64 must not spread
             scale = torch.as_tensor(scale, dtype=torch.get_default_dtype())
         value = scale.detach().clone() if scale.is_floating_point() else scale.float()
-        if not bool((torch.isfinite(value) & (value > 0)).all()):
-            raise ValueError(f"Expected scale > 0 and finite (a standard deviation), got {scale}.")
+        _check_scale(value)
         if trainable:
             self.scale = nn.Parameter(value)
-            parametrize.register_parametrization(self, "scale", _Positive())
+            parametrize.register_parametrization(self, "scale", Positive())
         else:
             self.register_buffer("scale", value)
+
+    def assign_(self, scale: float | Tensor) -> None:
+        """Overwrite the scale in place, learned or fixed, without a gradient.
+
+        The raw parameter stays the same object. What an optimiser remembers of it (moments) is
+        stale afterwards.
+
+        Args:
+            scale: Positive and finite; a number, or in a shape that broadcasts to ``scale``.
+
+        Raises:
+            ValueError: If it is not positive and finite, or of another shape.
+        """
+        own = self.scale.detach()
+        value = torch.as_tensor(scale, dtype=own.dtype, device=own.device)
+        _check_scale(value)
+        try:
+            value = value.broadcast_to(own.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"Expected a scale of shape {tuple(own.shape)}, got {tuple(value.shape)}."
+            ) from None
+        with torch.no_grad():
+            if parametrize.is_parametrized(self, "scale"):
+                self.parametrizations.scale.original.copy_(value.log())  # type: ignore
+            else:
+                self.scale.copy_(value)
 
     def forward(self, predictor: Tensor) -> dist.Normal:  # noqa: D102
         return dist.Normal(predictor, self.scale)
@@ -65,11 +92,6 @@ class Gaussian(Likelihood):
         return score * y - (self.scale * score).square() / 2
 
 
-class _Positive(nn.Module):
-    """Parametrisation of a positive tensor by its logarithm."""
-
-    def forward(self, log_value: Tensor) -> Tensor:
-        return log_value.exp()
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        return value.log()
+def _check_scale(scale: Tensor) -> None:
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(f"Expected scale > 0 and finite (a standard deviation), got {scale}.")
