@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Law, Prior, check_prior, check_rate, codes_prior
+from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.infer.store import claim_names
 from pyro_sparse.likelihoods import Likelihood, check_data
 from pyro_sparse.solvers import Method, Unrolled
@@ -50,7 +51,8 @@ class UnrolledFISTA(PyroModule):
         synthesis: Dictionary whose forward map the layers use; default ``dictionary``.
 
     Raises:
-        TypeError: If ``prior`` is neither a distribution nor a callable.
+        TypeError: If ``prior`` is neither a distribution nor a callable, or another argument is of
+            the wrong kind.
         ValueError: If a number is out of range, or ``prior`` holds a tensor that requires a
             gradient.
 
@@ -91,6 +93,11 @@ class UnrolledFISTA(PyroModule):
                 "latent site of the model. Give the guide rest=, which samples it, and no rate."
             )
         check_rate(rate)
+        if rest is not None and not callable(rest):
+            raise TypeError(
+                "Expected rest to be a guide of the other sites, such as an AutoNormal, got "
+                f"{type(rest).__name__}."
+            )
         self.encoder = Unrolled(
             dictionary,
             likelihood,
@@ -172,7 +179,17 @@ class UnrolledFISTA(PyroModule):
 
         Returns:
             Shape ``(n, atoms, *positions)``, with exact zeros.
+
+        Raises:
+            TypeError: If an argument is of the wrong kind or dtype.
+            RuntimeError: If the data are on another device than the dictionary.
+            ValueError: If a shape does not fit, or a rate is missing.
         """
+        if values is not None and not isinstance(values, dict):
+            raise TypeError(
+                "Expected values to be a dict from site name to value, got "
+                f"{type(values).__name__}."
+            )
         encoder, values = self.encoder, values or {}
         dictionary = encoder.dictionary
         y, mask = check_data(y, mask, num_data, dictionary.signal_dims, dictionary.like)
@@ -202,3 +219,25 @@ class UnrolledFISTA(PyroModule):
                 f"got {type(values).__name__}."
             )
         return values
+
+
+def _arguments(guide: UnrolledFISTA) -> dict[str, Any]:
+    """What a saved guide is built from again."""
+    encoder = guide.encoder
+    return {
+        "dictionary": encoder.dictionary,
+        "likelihood": encoder.likelihood,
+        "prior": guide.encoder_prior,
+        "rate": guide.encoder_rate,
+        "rest": guide.rest,
+        "num_steps": encoder.num_steps,
+        "method": encoder.method,
+        "learn_thresholds": encoder.log_threshold is not None,
+        "threshold_decay": encoder.threshold_decay,
+        "lipschitz": encoder.lipschitz,
+        "analysis": encoder.analysis,
+        "synthesis": encoder.synthesis,
+    }
+
+
+register_savable(UnrolledFISTA, name="pyro_sparse.guides.UnrolledFISTA", arguments=_arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import pyro
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Law, Prior, check_prior, check_rate, codes_prior, spread
+from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.infer.store import claim_names
 from pyro_sparse.likelihoods import Likelihood, check_data
 
@@ -43,8 +45,10 @@ class SparseCoding(PyroModule):
             serves signals of any length.
 
     Raises:
-        TypeError: If ``prior`` is neither a distribution nor a callable with a rate.
-        ValueError: If ``prior`` or ``rate`` is or holds a tensor that requires a gradient.
+        TypeError: If ``prior`` is neither a distribution nor a callable with a rate, or another
+            argument is of the wrong kind.
+        ValueError: If ``prior`` or ``rate`` is or holds a tensor that requires a gradient, or
+            ``signal_shape`` does not fit the dictionary.
 
     Example:
         >>> import pyro.distributions as dist
@@ -66,6 +70,18 @@ class SparseCoding(PyroModule):
         signal_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(dictionary, Dictionary) or not isinstance(likelihood, Likelihood):
+            raise TypeError(
+                "Expected a Dictionary, such as Dense(...), and a Likelihood, such as "
+                f"Gaussian(...), got {type(dictionary).__name__} and {type(likelihood).__name__}."
+            )
+        if not isinstance(dictionary_prior, Law | None):
+            raise TypeError(
+                "Expected dictionary_prior to be a Pyro distribution, got "
+                f"{type(dictionary_prior).__name__}."
+            )
+        if signal_shape is not None:
+            dictionary.code_shape(signal_shape)
         check_prior(prior, has_rate=rate is not None)
         check_rate(rate)
         if dictionary_prior is not None:
@@ -101,6 +117,7 @@ class SparseCoding(PyroModule):
             size, signal_shape = self._size_of_draw(num_data)
         else:
             y, mask = check_data(y, mask, num_data, dictionary.signal_dims, dictionary.like)
+            likelihood.check(y)
             size, signal_shape = len(y), tuple(y.shape[1:])
         code_shape = tuple(dictionary.code_shape(signal_shape))
 
@@ -128,9 +145,14 @@ class SparseCoding(PyroModule):
     def _size_of_draw(self, num_data: int | None) -> tuple[int, tuple[int, ...]]:
         if num_data is None:
             raise ValueError("Expected num_data, the number of data to draw, when y is None.")
+        if not isinstance(num_data, Integral) or num_data < 1:
+            raise ValueError(f"Expected num_data to be a whole number >= 1, got {num_data!r}.")
         if self.signal_shape is None:
             raise ValueError(
                 "Expected signal_shape, to draw from the prior: this dictionary serves signals of "
                 "any length. Pass signal_shape=(channels, *lengths) to the model."
             )
         return num_data, self.signal_shape
+
+
+register_savable(SparseCoding, name="pyro_sparse.models.SparseCoding")

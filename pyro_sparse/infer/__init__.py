@@ -1,6 +1,9 @@
 """Objectives and training."""
 
+import pyro_sparse.infer.savable  # noqa: F401  registers what a bundle may hold
+from pyro_sparse.infer.bundle import load, register_savable, save
 from pyro_sparse.infer.callbacks import Callback, Progress
+from pyro_sparse.infer.checkpoints import Checkpoints
 from pyro_sparse.infer.em import RateEM, RateLoss
 from pyro_sparse.infer.fit import fit
 from pyro_sparse.infer.guard import Fault, Guard, RollBack, Stop
@@ -10,6 +13,7 @@ from pyro_sparse.infer.phases import Phase, Update
 
 __all__ = [
     "Callback",
+    "Checkpoints",
     "EarlyStopping",
     "Fault",
     "Guard",
@@ -23,4 +27,7 @@ __all__ = [
     "Stop",
     "Update",
     "fit",
+    "load",
+    "register_savable",
+    "save",
 ]

@@ -1,0 +1,126 @@
+"""What a bundle may hold out of the parts that stand left of ``infer``, registered on import."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pyro_sparse.dictionaries import Composition, Conv, Dense, Interior, Overhang, Periodic
+from pyro_sparse.distributions import Rate
+from pyro_sparse.infer.bundle import register_savable
+from pyro_sparse.likelihoods import Gaussian
+from pyro_sparse.solvers import FISTA, ISTA
+
+
+def _atoms(dictionary: nn.Module) -> dict[str, Any]:
+    """Its atoms as they are stored: the same tensor as in its state, which costs no space."""
+    if parametrize.is_parametrized(dictionary, "atoms"):
+        raw = dictionary.parametrizations["atoms"].original  # type: ignore[index,union-attr]
+        return {"atoms": raw.detach(), "unit_norm": True}
+    return {"atoms": dictionary.atoms.detach(), "unit_norm": False}  # type: ignore[operator]
+
+
+def _conv(atoms: Tensor, stride: tuple[int, ...], boundary: Any, unit_norm: bool) -> Conv:
+    num_atoms, channels, *kernel = atoms.shape
+    return Conv(
+        num_atoms,
+        channels,
+        tuple(kernel),
+        stride,
+        boundary=boundary,
+        atoms=atoms,
+        unit_norm=unit_norm,
+    )
+
+
+def _composition(input_shape: tuple[int, ...], **arguments: Any) -> Composition:
+    if math.prod(input_shape) > 2**26:  # the operator is tried on data of that shape
+        raise ValueError(f"Expected input_shape of at most 2**26 entries, got {input_shape}.")
+    return Composition(input_shape=input_shape, **arguments)
+
+
+def _law(cls: type) -> Callable[..., Any]:
+    def build(**arguments: Tensor) -> Any:
+        shapes = {tuple(value.shape) for value in arguments.values()}
+        if len(shapes) != 1:  # different ones could broadcast to any size
+            raise ValueError(f"Expected tensors of one shape, got {sorted(shapes)}.")
+        cls(**arguments, validate_args=True)
+        return cls(**arguments)
+
+    return build
+
+
+def _independent(base: Any, dims: int) -> Any:
+    if type(dims) is not int or not 0 <= dims <= len(base.batch_shape):
+        raise ValueError(f"Expected 0 to {len(base.batch_shape)} dims, got {dims}.")
+    return dist.Independent(base, dims)
+
+
+def _register_all() -> None:
+    def listed(*names: str) -> Callable[[Any], dict[str, Any]]:
+        return lambda value: {name: getattr(value, name) for name in names}
+
+    place = "pyro_sparse.dictionaries."
+    register_savable(
+        Dense,
+        name=place + "Dense",
+        arguments=_atoms,
+        build=lambda atoms, unit_norm: Dense(*atoms.shape, atoms=atoms, unit_norm=unit_norm),
+    )
+    register_savable(
+        Conv,
+        name=place + "Conv",
+        arguments=lambda conv: {**_atoms(conv), **listed("stride", "boundary")(conv)},
+        build=_conv,
+    )
+    register_savable(
+        Composition,
+        name=place + "Composition",
+        arguments=lambda seen: {
+            **listed("operator", "dictionary", "input_shape")(seen),
+            "operator_squared_norm": float(seen.operator_squared_norm),
+        },
+        build=_composition,
+    )
+    for boundary in (Interior, Overhang, Periodic):
+        register_savable(boundary, name=place + boundary.__name__)
+    for method in (ISTA, FISTA):
+        register_savable(method, name=f"pyro_sparse.solvers.{method.__name__}")
+    register_savable(
+        Gaussian,
+        name="pyro_sparse.likelihoods.Gaussian",
+        arguments=lambda likelihood: {
+            "scale": likelihood.scale.detach(),
+            "trainable": parametrize.is_parametrized(likelihood, "scale"),
+        },
+    )
+    laws: dict[Any, tuple[str, ...]] = {
+        dist.Laplace: ("loc", "scale"),
+        dist.Normal: ("loc", "scale"),
+        dist.LogNormal: ("loc", "scale"),
+        dist.HalfNormal: ("scale",),
+        dist.Exponential: ("rate",),
+        dist.Gamma: ("concentration", "rate"),
+    }
+    place = "pyro.distributions."
+    for law, names in laws.items():
+        register_savable(law, name=place + law.__name__, arguments=listed(*names), build=_law(law))
+    register_savable(
+        dist.Independent,
+        name=place + "Independent",
+        arguments=lambda law: {"base": law.base_dist, "dims": law.reinterpreted_batch_ndims},
+        build=_independent,
+    )
+    register_savable(
+        Rate,
+        name="pyro_sparse.distributions.Rate",
+        arguments=lambda rate: {"init": rate.value.detach()},
+    )
+
+
+_register_all()
