@@ -82,6 +82,11 @@ class SparseCoding(PyroModule):
             )
         if signal_shape is not None:
             dictionary.code_shape(signal_shape)
+            if len(signal_shape) != dictionary.signal_dims:
+                raise ValueError(
+                    f"Expected signal_shape to be that of one datum, {dictionary.signal_dims} "
+                    f"dimensions, got {tuple(signal_shape)}."
+                )
         check_prior(prior, has_rate=rate is not None)
         check_rate(rate)
         if dictionary_prior is not None:

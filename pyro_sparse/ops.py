@@ -7,6 +7,8 @@ are non-negative by construction where they come from a constrained parameter or
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor, nn
 
@@ -119,15 +121,30 @@ def largest_eigenvalue_bound(
         slack: How far above its estimate the bound is proposed, as a fraction.
         num_steps: Power iterations before the proposal.
 
+    Raises:
+        TypeError: If ``matrix`` is not a dense tensor in single or double precision, or an option
+            is not a number.
+        ValueError: If its matrices are not square or empty, ``slack`` is not positive or
+            ``num_steps`` is below one.
+
     Returns:
         Shape ``(...)``, or ``()`` if ``joint``; real and detached. At least the largest eigenvalue
-        up to the rounding of its dtype, and at most ``1 + 5 * slack`` times it (plus rounding).
+        up to the rounding of its dtype, and at most ``1 + 5 * slack`` times it (plus rounding);
+        ``nan`` if a value of ``matrix`` is not finite.
 
     Example:
         >>> bound = largest_eigenvalue_bound(torch.diag(torch.tensor([1.0, 4.0])))
         >>> bool(4.0 <= bound <= 4.1)
         True
     """
+    _check_square(matrix)
+    if not isinstance(slack, Real) or not isinstance(num_steps, Integral):
+        raise TypeError(
+            f"Expected slack to be a number and num_steps a whole one, got {slack!r}, "
+            f"{num_steps!r}."
+        )
+    if not slack > 0 or num_steps < 1:
+        raise ValueError(f"Expected slack > 0 and num_steps >= 1, got {slack}, {num_steps}.")
     matrix = matrix.detach()
     size = matrix.shape[-1]
     # Start at the longest column: unlike a random start it draws nothing and is the same in every
@@ -145,9 +162,64 @@ def largest_eigenvalue_bound(
         _, info = torch.linalg.cholesky_ex(bound[..., None, None] * identity - matrix)
         if bool((info == 0).all()):
             return bound
+    if not bool(torch.isfinite(matrix).all()):  # nothing bounds it, and eigvalsh may not return
+        return torch.full_like(estimate, torch.nan)
     exact = torch.linalg.eigvalsh(matrix)[..., -1].clamp_min(0)
     exact = exact * (1 + 4 * size * torch.finfo(matrix.dtype).eps)
     return exact.max() if joint else exact
+
+
+def check_tensor(name: str, value: object, like: Tensor | None = None) -> None:
+    """Refuse an argument that is not a dense tensor of floating numbers.
+
+    Args:
+        name: Of the argument, for the message.
+        value: What a user handed over.
+        like: A tensor whose dtype and device it has to share.
+
+    Raises:
+        TypeError: If it is of another kind or dtype.
+        RuntimeError: If it is on another device than ``like``.
+
+    Example:
+        >>> check_tensor("codes", torch.zeros(3), like=torch.zeros(1))
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"Expected {name} to be a floating tensor, got {type(value).__name__}. "
+            "Try torch.as_tensor(...)."
+        )
+    if not value.is_floating_point() or value.layout != torch.strided:
+        kind = value.dtype if value.layout == torch.strided else value.layout
+        raise TypeError(
+            f"Expected {name} to be a floating tensor, dense and real, got {kind}. "
+            "Try .float() or .to_dense()."
+        )
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(
+            f"Expected {name} of dtype {like.dtype}, got {value.dtype}. Try .to({like.dtype})."
+        )
+    if like is not None and value.device != like.device:
+        raise RuntimeError(
+            f"Expected {name} on the device {like.device}, got {value.device}. "
+            f"Try .to({str(like.device)!r})."
+        )
+
+
+def _check_square(matrix: Tensor) -> None:
+    allowed = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+    if not isinstance(matrix, Tensor) or matrix.dtype not in allowed:
+        kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(
+            "Expected matrix to be a tensor in single or double precision, got "
+            f"{kind}. Try matrix.float()."
+        )
+    if matrix.layout != torch.strided:
+        raise TypeError(f"Expected a dense matrix, got {matrix.layout}. Try matrix.to_dense().")
+    if matrix.dim() < 2 or matrix.shape[-2] != matrix.shape[-1] or matrix.numel() == 0:
+        raise ValueError(
+            f"Expected square matrices of shape (..., n, n) with n >= 1, got {tuple(matrix.shape)}."
+        )
 
 
 class Positive(nn.Module):

@@ -39,7 +39,8 @@ def match_atoms(learned: Tensor, truth: Tensor) -> Recovery:
         truth: Likewise; the number of atoms and the kernel may differ, the rest not.
 
     Raises:
-        ValueError: If the shapes cannot be compared.
+        TypeError: If they are not dense tensors of real numbers.
+        ValueError: If the shapes cannot be compared, or a value is not finite.
 
     References:
         Kuhn (1955), Naval Res. Logist. Q. 2; the error measure sqrt(1 - correlation**2) is that of
@@ -49,6 +50,8 @@ def match_atoms(learned: Tensor, truth: Tensor) -> Recovery:
         >>> match_atoms(-torch.eye(3)[[2, 0, 1]], torch.eye(3)).correlation
         tensor([1., 1., 1.])
     """
+    _check(learned, "learned")
+    _check(truth, "truth")
     learned, truth = learned.detach().double().cpu(), truth.detach().double().cpu()
     if learned.dim() != truth.dim() or learned.dim() < 2 or learned.shape[1] != truth.shape[1]:
         raise ValueError(
@@ -85,3 +88,22 @@ def match_atoms(learned: Tensor, truth: Tensor) -> Recovery:
         # Lags beyond the learned atom's length are negative ones, wrapped around.
         shift[rows, dim] = torch.where(offset < learned.shape[2 + dim], offset, offset - lags[dim])
     return Recovery(value.to(torch.get_default_dtype()), index, sign, shift)
+
+
+def _check(atoms: Tensor, name: str) -> None:
+    if not isinstance(atoms, Tensor) or atoms.is_complex() or atoms.layout != torch.strided:
+        kind = f"{atoms.dtype} in {atoms.layout}" if isinstance(atoms, Tensor) else type(atoms)
+        raise TypeError(
+            f"Expected {name} to be a dense tensor of real numbers, got {kind}. "
+            "Try torch.as_tensor(...)."
+        )
+    if atoms.numel() == 0:
+        raise ValueError(
+            f"Expected {name} with at least one atom and feature, got {tuple(atoms.shape)}."
+        )
+    bad = ~torch.isfinite(atoms)
+    if bool(bad.any()):
+        raise ValueError(
+            f"Expected {name} to be finite, got {int(bad.sum())} values that are not, the first at "
+            f"{tuple(bad.nonzero()[0].tolist())}. Leave out the atoms that diverged."
+        )

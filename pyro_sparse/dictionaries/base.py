@@ -6,9 +6,12 @@ import itertools
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from pyro_sparse.ops import check_tensor
 
 
 class LinearMap:
@@ -86,7 +89,20 @@ class Dictionary(nn.Module):
 
         Returns:
             Shape ``(..., *signal_shape)``.
+
+        Raises:
+            TypeError: If they are not a floating tensor of the atoms' dtype.
+            RuntimeError: If they are on another device.
+            ValueError: If their shape does not fit.
         """
+        check_tensor("codes", codes, self.like)
+        tail = tuple(codes.shape[codes.dim() - self.code_dims :])
+        if codes.dim() < self.code_dims or tail[0] != self.num_atoms or 0 in tail:
+            positions = "" if self.code_dims == 1 else ", *positions"
+            raise ValueError(
+                f"Expected codes of shape (..., atoms={self.num_atoms}{positions}), got "
+                f"{tuple(codes.shape)}."
+            )
         return self.bind().forward(codes)
 
     def adjoint(self, signal: Tensor) -> Tensor:
@@ -97,7 +113,14 @@ class Dictionary(nn.Module):
 
         Returns:
             Shape ``(..., *code_shape)``.
+
+        Raises:
+            TypeError: If it is not a floating tensor of the atoms' dtype.
+            RuntimeError: If it is on another device.
+            ValueError: If its shape does not fit.
         """
+        check_tensor("signal", signal, self.like)
+        self.code_shape(signal.shape)
         return self.bind().adjoint(signal)
 
     def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
@@ -137,6 +160,7 @@ class Dictionary(nn.Module):
             ValueError: If the shape differs, or an atom is zero or not finite.
         """
         own = self.atoms
+        check_tensor("atoms", atoms)
         if atoms.shape != own.shape:
             raise ValueError(
                 f"Expected atoms of shape {tuple(own.shape)}, got {tuple(atoms.shape)}."
@@ -175,8 +199,10 @@ def check_bound(atoms: Tensor, own: Tensor) -> Tensor:
     """Refuse sampled atoms in another shape than the module's own; leading dimensions are free.
 
     Raises:
+        TypeError: If they are not a floating tensor.
         ValueError: Names both shapes.
     """
+    check_tensor("atoms", atoms)
     if atoms.shape[atoms.dim() - own.dim() :] != own.shape or atoms.dim() < own.dim():
         raise ValueError(
             f"Expected atoms of shape (..., {', '.join(map(str, own.shape))}), got "
@@ -207,6 +233,20 @@ def register_atoms(module: nn.Module, atoms: Tensor, *, unit_norm: bool) -> None
     module.atoms = nn.Parameter(atoms.detach().clone())
     if unit_norm:
         parametrize.register_parametrization(module, "atoms", UnitNorm())
+
+
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """A shape, as a tuple.
+
+    Raises:
+        ValueError: If it is not a sequence of whole numbers of at least zero.
+    """
+    whole = isinstance(shape, tuple | list) and all(
+        isinstance(size, int | torch.SymInt | np.integer) and size >= 0 for size in shape
+    )
+    if not whole:
+        raise ValueError(f"Expected a shape, a tuple of whole numbers >= 0, got {shape!r}.")
+    return tuple(shape)
 
 
 def check_sizes(**sizes: Any) -> None:

@@ -114,6 +114,11 @@ class Overhang(Boundary):
 
     def _window(self, size: int, kernel: int, stride: int) -> tuple[int, int]:
         num_positions = (size - kernel) // stride + 1
+        if num_positions <= (kernel - 1) // stride:
+            raise ValueError(
+                f"Expected more than {(kernel - 1) // stride} positions (those that hang over the "
+                f"start), got {num_positions}: no sample lies inside."
+            )
         return (kernel - 1) // stride * stride, self.length(num_positions, kernel, stride)
 
 

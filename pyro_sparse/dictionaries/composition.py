@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from pyro_sparse.dictionaries.base import Dictionary, LinearMap
+from pyro_sparse.dictionaries.base import Dictionary, LinearMap, check_shape, check_sizes
+from pyro_sparse.ops import check_tensor
 
 
 @runtime_checkable
@@ -94,7 +96,8 @@ class Composition(Dictionary):
             ``operator_norm_bound``.
 
     Raises:
-        TypeError: If ``operator`` lacks one of the two methods.
+        TypeError: If ``operator`` lacks one of the two methods or gives no tensors of the
+            dictionary's dtype, or ``dictionary`` is none.
         ValueError: If ``adjoint`` is not the adjoint of ``forward``, the given norm is not a
             positive number, or the operator has parameters that require a gradient.
 
@@ -129,6 +132,11 @@ class Composition(Dictionary):
                 "Expected a fixed operator, got one with parameters that require a gradient: the "
                 "bound of its norm is computed once. Try operator.requires_grad_(False)."
             )
+        if not isinstance(dictionary, Dictionary):
+            raise TypeError(
+                f"Expected a Dictionary, such as Dense(...), got {type(dictionary).__name__}."
+            )
+        input_shape = check_shape(input_shape)
         if len(input_shape) != dictionary.signal_dims:
             raise ValueError(
                 f"Expected input_shape to be that of one signal, {dictionary.signal_dims} "
@@ -148,6 +156,12 @@ class Composition(Dictionary):
             bound = operator_norm_bound(operator, self.input_shape, like=reference)
             if bound == 0:
                 raise ValueError("Expected an operator that maps something away from zero.")
+        elif not isinstance(operator_squared_norm, Real) and not (
+            isinstance(operator_squared_norm, Tensor) and operator_squared_norm.dim() == 0
+        ):
+            raise TypeError(
+                f"Expected operator_squared_norm to be a number, got {operator_squared_norm!r}."
+            )
         elif operator_squared_norm > 0 and math.isfinite(operator_squared_norm):
             bound = torch.tensor(float(operator_squared_norm), dtype=torch.float64)
         else:
@@ -171,6 +185,7 @@ class Composition(Dictionary):
         return CompositionMap(self.operator, self.dictionary.bind(atoms), norm, dtype)
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
+        signal_shape = check_shape(signal_shape)
         batch = len(signal_shape) - self.signal_dims
         if batch < 0 or tuple(signal_shape[batch:]) != self.signal_shape:
             raise ValueError(
@@ -210,6 +225,8 @@ def operator_norm_bound(
         Dixon (1983), SIAM J. Numer. Anal. 20(4), 812-814; the tail of one coordinate of a random
         unit vector is that of Halko, Martinsson & Tropp (2011), SIAM Rev. 53(2), lemma 4.1.
     """
+    check_sizes(num_probes=num_probes, num_steps=num_steps, input_shape=check_shape(input_shape))
+    check_tensor("like", like)
     size = math.prod(input_shape)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(num_probes, size, generator=generator, dtype=torch.float64)
@@ -218,7 +235,14 @@ def operator_norm_bound(
     with torch.no_grad():
         for _ in range(num_steps):
             signal = vectors.reshape(num_probes, *input_shape)
-            vectors = operator.adjoint(operator.forward(signal)).reshape(num_probes, size)
+            back = operator.adjoint(operator.forward(signal))
+            if not isinstance(back, Tensor) or back.shape != signal.shape:
+                raise ValueError(
+                    f"Expected an operator that keeps leading dimensions and maps {input_shape} "
+                    f"back to itself, got {tuple(getattr(back, 'shape', ()))} from "
+                    f"{tuple(signal.shape)}."
+                )
+            vectors = back.reshape(num_probes, size)
             growth = torch.linalg.vector_norm(vectors, dim=1)
             if bool((growth == 0).all()):
                 return torch.zeros((), dtype=torch.float64)
@@ -237,11 +261,13 @@ def _check_adjoint(
     signal = torch.randn(2, *input_shape, generator=generator).to(like)
     with torch.no_grad():
         measured = operator.forward(signal)
+        check_tensor("operator.forward(signal)", measured, like)
         other = torch.randn(measured.shape, generator=generator).to(like)
         # The inner product of independent vectors is small beside their norms, and an adjoint of
         # the wrong scale would pass on a large picture: half of ``other`` is along ``measured``.
         other += measured * (other.norm() / measured.norm().clamp_min(torch.finfo(like.dtype).tiny))
         back = operator.adjoint(other)
+        check_tensor("operator.adjoint(measurement)", back, like)
     if back.shape != signal.shape or measured.shape[:1] != (2,):
         raise ValueError(
             f"Expected an adjoint back to the shape {tuple(signal.shape)} with leading dimensions "

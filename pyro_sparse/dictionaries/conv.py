@@ -14,11 +14,12 @@ from pyro_sparse.dictionaries.base import (
     Dictionary,
     LinearMap,
     check_bound,
+    check_shape,
     check_sizes,
     register_atoms,
 )
 from pyro_sparse.dictionaries.boundaries import Boundary, Interior
-from pyro_sparse.ops import largest_eigenvalue_bound
+from pyro_sparse.ops import check_tensor, largest_eigenvalue_bound
 
 
 class ConvMap(LinearMap):
@@ -154,6 +155,7 @@ class Conv(Dictionary):
         atoms: Shape ``(atoms, channels, *kernel_size)``.
 
     Raises:
+        TypeError: If ``atoms`` is not a floating tensor, or ``boundary`` not a boundary.
         ValueError: If a size is not a positive whole number, the stride exceeds the kernel (gaps
             would be left), or ``atoms`` has another shape or a zero atom.
 
@@ -188,9 +190,15 @@ class Conv(Dictionary):
                 f"Expected a stride of at most the kernel size {kernel}, got {strides}: samples "
                 "between atoms would be out of reach."
             )
+        if boundary is not None and not isinstance(boundary, Boundary):
+            raise TypeError(
+                "Expected boundary to be Interior(), Overhang() or Periodic(), got "
+                f"{boundary!r}. These are objects of pyro_sparse.dictionaries."
+            )
         shape = (num_atoms, channels, *kernel)
         if atoms is None:
             atoms = torch.randn(shape)
+        check_tensor("atoms", atoms)
         if atoms.shape != shape:
             raise ValueError(
                 f"Expected atoms of shape (atoms, channels, *kernel) = {shape}, "
@@ -210,6 +218,7 @@ class Conv(Dictionary):
         return ConvMap(bound, self.stride, self.boundary)
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
+        signal_shape = check_shape(signal_shape)
         dims = self.signal_dims
         if len(signal_shape) < dims or signal_shape[-dims] != self.channels:
             sizes = ("length",) if dims == 2 else ("height", "width", "depth")[: dims - 1]

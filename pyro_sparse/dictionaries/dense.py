@@ -9,10 +9,11 @@ from pyro_sparse.dictionaries.base import (
     Dictionary,
     LinearMap,
     check_bound,
+    check_shape,
     check_sizes,
     register_atoms,
 )
-from pyro_sparse.ops import largest_eigenvalue_bound
+from pyro_sparse.ops import check_tensor, largest_eigenvalue_bound
 
 
 class DenseMap(LinearMap):
@@ -65,6 +66,7 @@ class Dense(Dictionary):
         atoms: Shape ``(atoms, features)``.
 
     Raises:
+        TypeError: If ``atoms`` is not a floating tensor.
         ValueError: If a size is not a positive whole number, or ``atoms`` has another shape or a
             zero atom.
 
@@ -92,6 +94,7 @@ class Dense(Dictionary):
         self.signal_shape = (num_features,)
         if atoms is None:
             atoms = torch.randn(num_atoms, num_features)
+        check_tensor("atoms", atoms)
         if atoms.shape != (num_atoms, num_features):
             raise ValueError(
                 f"Expected atoms of shape (atoms, features) = {(num_atoms, num_features)}, got "
@@ -104,6 +107,7 @@ class Dense(Dictionary):
         return DenseMap(own if atoms is None else check_bound(atoms, own))
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
+        signal_shape = check_shape(signal_shape)
         if not signal_shape or signal_shape[-1] != self.num_features:
             raise ValueError(
                 f"Expected a signal of shape (..., {self.num_features}) (features last), "

@@ -17,6 +17,9 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_sparse.dictionaries.base import check_shape
+from pyro_sparse.ops import check_tensor
+
 Law = TorchDistributionMixin
 Prior = Law | Callable[[Tensor], Law]
 D = TypeVar("D", bound=Distribution)
@@ -62,6 +65,7 @@ def check_rate(rate: object) -> None:
     """Refuse a rate that would be trained without staying positive, or twice under two names.
 
     Raises:
+        TypeError: If it is neither numbers nor callable nor a distribution.
         ValueError: If it is a parameter.
     """
     parameter = isinstance(rate, PyroParam) or (isinstance(rate, Tensor) and rate.requires_grad)
@@ -70,6 +74,8 @@ def check_rate(rate: object) -> None:
             "Expected a rate that is a constant or a module, got a parameter. A learned rate is a "
             "module that model and guide share: pyro_sparse.distributions.Rate(...)."
         )
+    if rate is not None and not callable(rate) and not isinstance(rate, Distribution):
+        _as_rate(rate, torch.empty(0))
 
 
 def codes_prior(
@@ -89,19 +95,24 @@ def codes_prior(
         A distribution with event shape ``code_shape``.
 
     Raises:
-        ValueError: If the prior does not expand to ``code_shape``; names both shapes.
+        TypeError: If ``rate`` is not real numbers, or missing for a callable, or the callable
+            makes no Pyro distribution.
+        ValueError: If the prior does not expand to ``code_shape``; names both shapes. If the
+            callable refuses the rate.
 
     Example:
         >>> codes_prior(dist.Laplace(0.0, 1.0), None, (3, 5), like=torch.zeros(1)).event_shape
         torch.Size([3, 5])
     """
+    check_tensor("like", like)
+    code_shape = check_shape(code_shape)
     batch: tuple[int, ...] = ()
     if rate is not None:
-        rate = torch.as_tensor(rate, dtype=like.dtype, device=like.device)
+        rate = _as_rate(rate, like)
         batch = tuple(rate.shape[:-1])
         if rate.dim():
             rate = rate.reshape(*rate.shape, *[1] * (len(code_shape) - 1))
-    law = prior if isinstance(prior, Law) else prior(rate)  # type: ignore[arg-type]
+    law = prior if isinstance(prior, Law) else _call(prior, rate)
     return spread(law, code_shape, like, batch=batch)
 
 
@@ -122,6 +133,12 @@ def spread(law: Law, shape: tuple[int, ...], like: Tensor, *, batch: tuple[int, 
         >>> spread(dist.Normal(0.0, 1.0), (3, 5), like=torch.zeros(1)).event_shape
         torch.Size([3, 5])
     """
+    if not isinstance(law, Law):
+        raise TypeError(
+            f"Expected a Pyro distribution, got {type(law).__name__}. A prior is a distribution of "
+            "pyro.distributions, or a callable that returns one."
+        )
+    shape, batch = check_shape(shape), check_shape(batch)
     law = match(law, like)
     event = len(law.event_shape)
     outer, inner = shape[: len(shape) - event], shape[len(shape) - event :]
@@ -143,6 +160,9 @@ def match(law: D, like: Tensor) -> D:
         >>> match(dist.Laplace(0.0, 1.0), torch.zeros(1, dtype=torch.float64)).scale.dtype
         torch.float64
     """
+    if not isinstance(law, Distribution):
+        raise TypeError(f"Expected a distribution, got {type(law).__name__}.")
+    check_tensor("like", like)
     moved: dict[str, object] = {}
     for name, value in vars(law).items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -158,6 +178,32 @@ def match(law: D, like: Tensor) -> D:
     law = copy.copy(law)
     vars(law).update(moved)
     return law
+
+
+def _as_rate(rate: object, like: Tensor) -> Tensor:
+    refused = isinstance(rate, Tensor) and (rate.is_complex() or rate.layout != torch.strided)
+    try:
+        value = None if refused else torch.as_tensor(rate, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, OverflowError, NotImplementedError):  # the last: meta tensors
+        value = None
+    if value is None:
+        kind = rate.dtype if isinstance(rate, Tensor) else type(rate).__name__
+        raise TypeError(
+            "Expected rate to be real numbers of shape () or (atoms,), a distribution over them, "
+            f"or a module that returns them; got {kind}."
+        )
+    return value
+
+
+def _call(prior: Callable[[Tensor], Law], rate: Tensor | None) -> Law:
+    if not callable(prior) or rate is None:
+        check_prior(prior, has_rate=rate is not None)
+    try:
+        return prior(rate)  # type: ignore[arg-type]
+    except ValueError as error:  # torch's checks of parameters: they know no rate
+        raise ValueError(
+            f"Expected a rate that the prior accepts (usually rate > 0), got {rate}: {error}"
+        ) from error
 
 
 def _tensors(law: Distribution) -> list[tuple[str, Tensor]]:

@@ -72,7 +72,7 @@ def register_prox(kind: type) -> Callable[[Callable[..., Tensor]], Callable[...,
         >>> prox(HeavyLaplace(0.0, 1.0), torch.tensor(3.0), 1.0)
         tensor(1.)
     """
-    return prox.register(kind)
+    return prox.register(_checked(kind))
 
 
 class Conjugate(NamedTuple):
@@ -114,7 +114,15 @@ def register_conjugate(kind: type) -> Callable[[Callable[..., Any]], Callable[..
     The gap compares it with ``penalty``, which for a type of your own is the difference of two
     log-densities; ``penalty.register`` takes a form without that rounding.
     """
-    return conjugate.register(kind)
+    return conjugate.register(_checked(kind))
+
+
+def _checked(kind: type) -> type:
+    if not isinstance(kind, type):
+        raise TypeError(
+            f"Expected a distribution type, such as pyro.distributions.Laplace, got {kind!r}."
+        )
+    return kind
 
 
 @functools.singledispatch
@@ -128,6 +136,8 @@ def penalty(prior: Any, value: Tensor) -> Tensor:
         >>> penalty(dist.Laplace(0.0, 0.5), torch.tensor([0.0, 1.0]))
         tensor([0., 2.])
     """
+    if not isinstance(prior, torch.distributions.Distribution):
+        raise TypeError(f"Expected a distribution, got {type(prior).__name__}.")
     return prior.log_prob(prior.mode) - prior.log_prob(value)
 
 

@@ -84,6 +84,8 @@ class Rows(Source):
         world_size: Number of processes; each reads every ``world_size``-th row of a minibatch.
     """
 
+    batch_size: int
+
     def __init__(
         self,
         data: Any,

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ignite.handlers
-import pyro
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_sparse.infer.arguments import check_kinds, check_whole
 from pyro_sparse.infer.batches import Batch, Source, check_finite, open_source
 from pyro_sparse.infer.callbacks import Callback, Progress
+from pyro_sparse.infer.checkpoints import Checkpoints
 from pyro_sparse.infer.guard import (
     Fault,
     Guard,
@@ -26,11 +27,16 @@ from pyro_sparse.infer.guard import (
     Stop,
     all_finite,
     names_not_finite,
+    random_state,
+    set_random_state,
     sites_not_finite,
+    state_tensors,
+    step_schedule,
 )
 from pyro_sparse.infer.history import EarlyStopping, History
 from pyro_sparse.infer.phases import Objective, Optimizer, Phase, Schedule, Update, build
-from pyro_sparse.infer.processes import all_of, mean_over, parallel, rank_and_size, share
+from pyro_sparse.infer.processes import all_of, gathered, mean_over, parallel, rank_and_size, share
+from pyro_sparse.infer.programs import Apart, held, kept, readable
 from pyro_sparse.infer.resume import (
     Position,
     Stored,
@@ -38,11 +44,9 @@ from pyro_sparse.infer.resume import (
     collect,
     restore_optimizers,
     restore_programs,
+    restore_random,
 )
 from pyro_sparse.infer.sites import check_sites, leaves
-
-if TYPE_CHECKING:
-    from pyro_sparse.infer.checkpoints import Checkpoints
 
 
 def fit(
@@ -115,6 +119,7 @@ def fit(
             parameters are those of before the step.
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
         >>> class Guide(nn.Module):
         ...     def __init__(self):
@@ -130,45 +135,52 @@ def fit(
         >>> history.epoch_loss[1] < history.epoch_loss[0]
         True
     """
+    check_kinds(
+        programs={"model": model, "guide": guide},
+        makers={"loss": loss, "optimizer": optimizer, "schedule": schedule},
+        device=device,
+        phases=phases,
+        early_stopping=early_stopping,
+        callbacks=callbacks,
+        guard=guard,
+        checkpoints=checkpoints,
+    )
+    check_whole("epochs", epochs, 1)
+    check_whole("seed", seed, 0)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
     if phases is None:
         update = Update(optimizer=optimizer, schedule=schedule)
         update = update if loss is None else replace(update, loss=loss)
         phases = [Phase(epochs, [update])]
     elif loss is not None or schedule is not None:
         raise ValueError("Expected loss and schedule inside the phases, got them beside phases=.")
+    if not phases:
+        raise ValueError("Expected at least one phase, got none.")
     rank, world_size = rank_and_size()
     source = open_source(data, mask, batch_size, seed, rank, world_size)
     for program in (model, guide):
         if device is not None and isinstance(program, nn.Module):
             program.to(device)
-    training = _Training(_Apart(model), _Apart(guide), source, phases)
+    training = _Training(Apart(model), Apart(guide), source, phases)
     training.seed = seed
     training.early_stopping = early_stopping
     training.callbacks = callbacks
     training.guard = Stop() if guard is None else guard
     training.checkpoints = checkpoints
     training.progress = progress and rank == 0
-    with torch.random.fork_rng():
+    training.held_out = (
+        None
+        if early_stopping is None or early_stopping.data is None
+        else open_source(early_stopping.data, early_stopping.mask, None, 0)
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # Parts that stand still in a phase are meant to.
+        warnings.filterwarnings("ignore", ".* was not registered in the param store", UserWarning)
+        # Where first minibatches hold no observed sample, a schedule steps before its optimiser.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         torch.manual_seed(seed + rank)
         return training.run()
-
-
-class _Apart(nn.Module):
-    """A program with a parameter store of its own.
-
-    The store goes by attribute path, so the parameter of one program would silently replace that
-    of the other where both have the same name. (Pyro's ``module_local_params`` does the same, but
-    only for modules that were made while it was on.)
-    """
-
-    def __init__(self, program: Callable[..., Any]) -> None:
-        super().__init__()
-        self.program = program
-        self.state: dict[str, Any] = {"params": {}, "constraints": {}}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with pyro.get_param_store().scope(self.state):
-            return self.program(*args, **kwargs)
 
 
 class _Found(Exception):
@@ -189,10 +201,9 @@ class _Training:
     guard: Guard
     checkpoints: Checkpoints | None
     progress: bool
+    held_out: Source | None
 
-    def __init__(
-        self, model: _Apart, guide: _Apart, source: Source, phases: Sequence[Phase]
-    ) -> None:
+    def __init__(self, model: Apart, guide: Apart, source: Source, phases: Sequence[Phase]) -> None:
         self.model = model
         self.guide = guide
         self.programs = nn.ModuleDict({"model": model, "guide": guide})
@@ -222,19 +233,26 @@ class _Training:
         while self.position.phase < len(self.phases):
             if not self.position.done:
                 self._run_phase(self.phases[self.position.phase], stored)
+            elif stored is not None:
+                restore_random(stored)
             stored = None
-            self.position = Position(phase=self.position.phase + 1, step=self.position.step)
+            self.position = Position(
+                phase=self.position.phase + 1, step=self.position.step, faults=self.position.faults
+            )
         self.history.seconds = time.perf_counter() - self.start
         return self.history
 
     def _initialise(self) -> None:
         """Run both programs once, before anything changes; refuse what cannot be trained."""
-        with torch.random.fork_rng():
-            args, kwargs = self._arguments(next(self.source.epoch(0, self._like())))
-            with torch.no_grad():  # parts that set themselves up at the first call do so now
-                self.guide(*args, **kwargs)
-            args, kwargs = self._arguments(next(self.source.epoch(0, self._like())))
-            check_sites(self.model, self.guide, *args, **kwargs)
+        with torch.random.fork_rng(), kept(self.programs):
+            with kept(self.programs):
+                batch = next(self.source.epoch(0, self._like()))
+                self._check(batch)
+                args, kwargs = self._arguments(batch)
+                with torch.no_grad():  # parts that set themselves up at the first call do so now
+                    self.guide(*args, **kwargs)
+                args, kwargs = self._arguments(next(self.source.epoch(0, self._like())))
+                check_sites(self.model, self.guide, *args, **kwargs)
             own = {id(p) for p in self.programs.parameters()}
             stores = [program.state["params"] for program in (self.model, self.guide)]
             strangers = [name for store in stores for name, p in store.items() if id(p) not in own]
@@ -265,7 +283,7 @@ class _Training:
         if stored is not None:
             restore_optimizers(stored, self.optimizers, self.schedules)
         self.snapshot = Snapshot(self.programs, self.optimizers)
-        self.named = [(_readable(n), p) for n, p in self.programs.named_parameters()]
+        self.named = [(readable(n), p) for n, p in self.programs.named_parameters()]
         moving = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
         engine = Engine(lambda engine, batch: self._step(batch))
         engine.logger = _QUIET
@@ -277,7 +295,7 @@ class _Training:
         length = len(self.source)
         position = {"iteration": self.position.iteration, "epoch_length": length}
         engine.load_state_dict({**position, "max_epochs": phase.epochs})
-        with _held([p for p in self.programs.parameters() if id(p) not in moving]):
+        with held([p for p in self.programs.parameters() if id(p) not in moving]):
             self.objectives = [parallel(objective) for objective in self.objectives]
             if self.position.iteration < phase.epochs * length:
                 engine.run(_Epochs(self), max_epochs=phase.epochs, epoch_length=length)
@@ -289,7 +307,7 @@ class _Training:
     def _step(self, batch: Batch) -> dict[str, float]:
         """All updates of the phase on one minibatch."""
         self._check(batch)
-        if not all_of(batch.mask is None or bool(batch.mask.any())):
+        if all_of(batch.mask is not None and not bool(batch.mask.any())):
             self.history.skipped += 1
             return {"loss": math.nan}
         losses = []
@@ -318,16 +336,23 @@ class _Training:
     ) -> float:
         """One optimiser step; raises ``_Found`` at the first thing that is not finite."""
         args, kwargs = self._arguments(batch)
-        weight = share(len(batch.y), batch.size) / self.source.num_data
+        weight = share(batch.own, batch.size) / self.source.num_data
         latest = torch.zeros(())
 
         def closure() -> Tensor:
             nonlocal latest
             self.programs.zero_grad(set_to_none=True)
-            value = objective(*args, **kwargs) * weight
-            if not all_of(bool(torch.isfinite(value))):
-                names = sites_not_finite(self.model, self.guide, *args, **kwargs)
-                raise _Found("objective", names)
+            names: tuple[str, ...] = ()
+            try:
+                value = objective(*args, **kwargs) * weight
+                finite = bool(torch.isfinite(value))
+            except ValueError:  # Pyro's validation may see it before the objective does
+                names = self._sites_not_finite(batch)
+                if not names:
+                    raise
+                finite = False
+            if not all_of(finite):
+                raise _Found("objective", names or self._sites_not_finite(batch))
             value.backward()
             gradients = [(name, p.grad) for name, p in self.named if p.grad is not None]
             if not all_finite(gradient for _, gradient in gradients):
@@ -335,12 +360,11 @@ class _Training:
             latest = value.detach()
             return value
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]  # optimisers take a tensor
         state = [
             (name, tensor)
             for name, p in self.named
-            for tensor in optimizer.state.get(p, {}).values()
-            if isinstance(tensor, Tensor)
+            for tensor in state_tensors(optimizer.state.get(p, {}))
         ]
         if not all_finite(tensor for _, tensor in (*self.named, *state)):
             names = names_not_finite(self.named)
@@ -348,10 +372,24 @@ class _Training:
             raise _Found(kind, names or tuple(dict.fromkeys(names_not_finite(state))))
         return mean_over(latest)
 
+    def _sites_not_finite(self, batch: Batch) -> tuple[str, ...]:
+        set_random_state(self.snapshot.random)  # the same draws again; the step is undone anyway
+        args, kwargs = self._arguments(batch)
+        return sites_not_finite(self.model, self.guide, *args, **kwargs)
+
     def _check(self, batch: Batch) -> None:
         """What lies on disk could not be searched before the training."""
-        if not self.source.searched:
+        if self.source.searched:
+            return
+        error = None
+        try:
             check_finite(batch.y, batch.mask, f" of {batch.where()}")
+        except ValueError as found:
+            error = found
+        if not all_of(error is None):  # all processes stop, or the others would wait for this one
+            raise error or ValueError(
+                f"Expected finite data, got others in batch {batch.number} in another process."
+            )
 
     # Around the steps
 
@@ -384,33 +422,34 @@ class _Training:
     def _advance_schedules(self, phase: Phase, *, per_step: bool) -> None:
         for update, schedule in zip(phase.updates, self.schedules):
             if schedule is not None and update.schedule_per_step == per_step:
-                schedule.step()
+                step_schedule(schedule)
 
     def _stopper(self, engine: Engine) -> ignite.handlers.EarlyStopping | None:
         asked = self.early_stopping
         if asked is None:
             return None
         stopper = ignite.handlers.EarlyStopping(
-            asked.patience, lambda engine: -self._criterion(), engine, asked.min_delta
+            asked.patience, lambda engine: self._score(), engine, asked.min_delta
         )
         stopper.logger = _QUIET
         if self.position.stopper is not None:
             stopper.load_state_dict(self.position.stopper)
         return stopper
 
-    def _criterion(self) -> float:
-        """What early stopping looks at, after an epoch."""
-        asked = self.early_stopping
-        if asked is None or asked.data is None:
-            return self.history.epoch_loss[-1]
-        held_out = open_source(asked.data, asked.mask, None, 0)
-        total = 0.0
-        with torch.no_grad(), torch.random.fork_rng():
-            for batch in held_out.epoch(0, self._like()):
-                args, kwargs = self._arguments(batch, num_data=len(batch.y))
-                total += float(self.objectives[0](*args, **kwargs))
-        self.history.validation_loss.append(total / held_out.num_data)
-        return self.history.validation_loss[-1]
+    def _score(self) -> float:
+        """What early stopping looks at, after an epoch; the more, the better."""
+        if self.held_out is None:
+            loss = self.history.epoch_loss[-1]
+        else:
+            total = torch.zeros((), dtype=torch.float64)
+            with torch.no_grad(), torch.random.fork_rng():
+                for batch in self.held_out.epoch(0, self._like()):
+                    args, kwargs = self._arguments(batch, num_data=len(batch.y))
+                    total += float(self.objectives[0](*args, **kwargs))
+            # Of all processes: their draws differ, and they have to stop together.
+            loss = mean_over(total) / self.held_out.num_data
+            self.history.validation_loss.append(loss)
+        return -math.inf if math.isnan(loss) else -loss
 
     def _call_back(self, moment: str, step: int, epoch: int, loss: float) -> None:
         batch = self.last_batch
@@ -435,8 +474,14 @@ class _Training:
             self._write()
 
     def _write(self) -> None:
-        if self.checkpoints is None or rank_and_size()[0] != 0:
+        if self.checkpoints is None:
             return
+        random = gathered(random_state())
+        if rank_and_size()[0] == 0:
+            self._write_alone(self.checkpoints, random)
+        all_of(True)  # the others wait: they may read it next
+
+    def _write_alone(self, checkpoints: Checkpoints, random: list[list[Tensor]]) -> None:
         self.history.seconds = time.perf_counter() - self.start
         tensors, record = collect(
             self.position,
@@ -446,17 +491,20 @@ class _Training:
             self.optimizers,
             self.schedules,
             self.callbacks,
+            random,
         )
-        self.checkpoints.write(self.position.step, tensors, record)
+        checkpoints.write(self.position.step, tensors, record)
 
     def _setting(self) -> dict[str, Any]:
         """What has to be equal for a checkpoint to be one of this training."""
         return {
             "num_data": self.source.num_data,
             "batches": len(self.source),
+            "batch_size": self.source.batch_size,
             "seed": self.seed,
             "epochs": [phase.epochs for phase in self.phases],
             "updates": [len(phase.updates) for phase in self.phases],
+            "callbacks": len(self.callbacks),
         }
 
     # Small things
@@ -498,26 +546,6 @@ _QUIET = logging.getLogger("pyro_sparse.infer.fit")
 """For ignite, which would report an exception that is raised anyway on a channel of its own."""
 _QUIET.addHandler(logging.NullHandler())
 _QUIET.propagate = False
-
-
-def _readable(name: str) -> str:
-    """Name of a parameter as the user knows it."""
-    return (
-        name.replace(".program.", ".").replace(".parametrizations.", ".").removesuffix(".original")
-    )
-
-
-@contextmanager
-def _held(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Parameters that do not move in this phase get no gradients either."""
-    were = [(p, p.requires_grad) for p in parameters]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, required in were:
-            p.requires_grad_(required)
 
 
 def _show_progress(engine: Engine, *, by_step: bool) -> None:

@@ -16,6 +16,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,21 @@ class RollBack(Guard):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * self.factor
+                group[SMALLER] = group.get(SMALLER, 1.0) * self.factor
+
+
+SMALLER = "rolled_back"
+"""What a guard has multiplied a learning rate by so far, in the optimiser's parameter group."""
+
+
+def step_schedule(schedule: LRScheduler) -> None:
+    """Step a schedule below a guard, which a schedule that starts from its base would undo."""
+    groups = [group for group in schedule.optimizer.param_groups if SMALLER in group]
+    for group in groups:
+        group["lr"] = group["lr"] / group[SMALLER]
+    schedule.step()
+    for group in groups:
+        group["lr"] = group["lr"] * group[SMALLER]
 
 
 class Snapshot:
@@ -124,8 +140,11 @@ class Snapshot:
         for optimizer in self.optimizers:
             kept = {}
             for parameter, state in optimizer.state.items():
-                kept[parameter] = dict(state)
-                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+                kept[parameter] = {
+                    name: list(value) if isinstance(value, list) else value
+                    for name, value in state.items()
+                }
+                tensors += state_tensors(state)
             self.states.append(kept)
         same = len(tensors) == len(self.tensors)
         if same and all(a is b for a, b in zip(tensors, self.tensors)):
@@ -140,8 +159,17 @@ class Snapshot:
         torch._foreach_copy_(self.tensors, self.copies)
         for optimizer, kept in zip(self.optimizers, self.states):
             optimizer.state.clear()
-            optimizer.state.update(kept)
+            for parameter, state in kept.items():
+                optimizer.state[parameter] = state
         set_random_state(self.random)
+
+
+def state_tensors(state: dict[str, Any]) -> list[Tensor]:
+    """Tensors in an optimiser's state of one parameter; LBFGS keeps lists of them."""
+    entries = list(state.values())
+    for value in state.values():
+        entries += value if isinstance(value, list) else []
+    return [value for value in entries if isinstance(value, Tensor)]
 
 
 def random_state() -> list[Tensor]:
@@ -160,14 +188,19 @@ def set_random_state(states: list[Tensor]) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every value is finite, in one pass over the tensors and one synchronisation."""
+    """Whether every value is finite, in one pass over the tensors and one synchronisation if so."""
     floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
     if not floating:
         return True
-    # The largest magnitude, not the length: the sum of squares overflows before the values do.
-    largest = torch._foreach_norm(floating, torch.inf)
-    device = largest[0].device
-    return bool(torch.stack([norm.to(device, torch.float64) for norm in largest]).isfinite().all())
+    # The length is finite only if all values are, and 20 times as fast on the CPU as the largest
+    # magnitude; but its squares may overflow where the values do not.
+    return _finite_norms(floating, 2) or _finite_norms(floating, torch.inf)
+
+
+def _finite_norms(tensors: list[Tensor], order: float) -> bool:
+    norms = torch._foreach_norm(tensors, order)
+    device = norms[0].device
+    return bool(torch.stack([norm.to(device, torch.float64) for norm in norms]).isfinite().all())
 
 
 def names_not_finite(named: Iterable[tuple[str, Tensor]]) -> tuple[str, ...]:

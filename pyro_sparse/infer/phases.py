@@ -47,7 +47,7 @@ class Update:
         Raises:
             ValueError: If there are none, or ``train`` names one that is not the programs'.
         """
-        own = [p for p in objective.parameters() if p.requires_grad]
+        own: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
         if self.train is not None:
             chosen: list[Tensor] = []
             for item in self.train:
@@ -82,6 +82,8 @@ class Phase:
     updates: Sequence[Update] = (Update(),)
 
     def __post_init__(self) -> None:
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int):
+            raise TypeError(f"Expected epochs to be a whole number, got {self.epochs!r}.")
         if self.epochs < 1:
             raise ValueError(f"Expected epochs >= 1, got {self.epochs}.")
         if not self.updates:

@@ -36,6 +36,20 @@ def mean_over(value: Tensor) -> float:
     return float(total) / size
 
 
+def gathered(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors of every process, by rank."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return [tensors]
+    every: list[list[Tensor]] = [[] for _ in range(size)]
+    for tensor in tensors:
+        received = [torch.empty_like(tensor) for _ in range(size)]
+        distributed.all_gather(received, tensor)
+        for own, value in zip(every, received):
+            own.append(value)
+    return every
+
+
 def all_of(flag: bool) -> bool:
     """Whether a flag is set in every process."""
     if rank_and_size()[1] == 1:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_sparse.infer.callbacks import Callback
-from pyro_sparse.infer.guard import random_state, set_random_state
+from pyro_sparse.infer.guard import set_random_state
 from pyro_sparse.infer.history import History
+from pyro_sparse.infer.processes import rank_and_size
 
 Stored = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
@@ -48,11 +49,14 @@ def collect(
     optimizers: Sequence[torch.optim.Optimizer],
     schedules: Sequence[LRScheduler | None],
     callbacks: Sequence[Callback],
+    random: Sequence[Sequence[Tensor]],
 ) -> Stored:
-    """Tensors by group and a record, for ``Checkpoints.write``."""
+    """Tensors by group and a record, for ``Checkpoints.write``; random states of each process."""
     tensors: dict[str, dict[str, Tensor]] = {
         "programs": dict(programs.state_dict()),
-        "random": {str(k): state for k, state in enumerate(random_state())},
+        "random": {
+            f"{rank}.{k}": state for rank, own in enumerate(random) for k, state in enumerate(own)
+        },
         "optimizers": {},
         "callbacks": {},
     }
@@ -126,24 +130,43 @@ def restore_optimizers(
     for schedule, state in zip(schedules, record["schedules"]):
         if schedule is not None:
             schedule.load_state_dict(state)
-    count = len(tensors["random"])
-    set_random_state([tensors["random"][str(k)] for k in range(count)])
+    restore_random(stored)
+
+
+def restore_random(stored: Stored) -> None:
+    """The random state of this process; one that was not there keeps its own."""
+    rank, tensors = rank_and_size()[0], stored[0]["random"]
+    states = [tensors[f"{rank}.{k}"] for k in range(len(tensors)) if f"{rank}.{k}" in tensors]
+    if states:
+        set_random_state(states)
 
 
 def _split(entries: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-    """Put the tensors of a flat dict aside under prefixed names; give back the rest."""
+    """Put the tensors of a dict aside under prefixed names, from its lists too; give the rest."""
     plain = {}
     for name, value in entries.items():
         if isinstance(value, Tensor):
             tensors[prefix + name] = value
+        elif isinstance(value, list):
+            held = {k: entry for k, entry in enumerate(value) if isinstance(entry, Tensor)}
+            tensors.update({f"{prefix}{name}.{k}": entry for k, entry in held.items()})
+            plain[name] = [None if k in held else entry for k, entry in enumerate(value)]
         else:
             plain[name] = value
     return plain
 
 
 def _join(plain: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-    found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-    return {**plain, **found}
+    joined = {name: list(v) if isinstance(v, list) else v for name, v in plain.items()}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            name = key[len(prefix) :]
+            of, _, place = name.rpartition(".")
+            if isinstance(joined.get(of), list):
+                joined[of][int(place)] = tensor
+            else:
+                joined[name] = tensor
+    return joined
 
 
 def _plain_schedule(schedule: LRScheduler) -> dict[str, Any]:

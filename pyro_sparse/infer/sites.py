@@ -64,7 +64,8 @@ def leaves(loss: Tensor) -> list[Tensor]:
 def _latent(trace: pyro.poutine.Trace) -> dict[str, str] | None:
     """Latent sites with shape and plates in words; None if some are enumerated."""
     found = {}
-    for name, site in prune_subsample_sites(trace).nodes.items():
+    nodes: dict[str, Any] = prune_subsample_sites(trace).nodes
+    for name, site in nodes.items():
         if site["type"] != "sample" or site["is_observed"]:
             continue
         if site["infer"].get("enumerate"):

@@ -17,6 +17,17 @@ class Likelihood(nn.Module):
         """Distribution of the data, batch shape that of the predictor, event shape ``()``."""
         raise NotImplementedError
 
+    def check(self, y: Tensor) -> None:
+        """Refuse data that the parameters do not fit; called once per call of a guide or solver.
+
+        Nothing is checked unless a family says so; shapes, dtype and device, not values.
+
+        Raises:
+            TypeError: If a parameter is of another dtype than the data.
+            RuntimeError: If it is on another device.
+            ValueError: If it does not broadcast with the data.
+        """
+
     def mean(self, predictor: Tensor) -> Tensor:
         """Expected data given the predictor (the inverse link), in units of the data."""
         raise NotImplementedError

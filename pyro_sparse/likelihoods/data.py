@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,8 @@ def check_data(
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"Expected y to be a floating tensor, got {kind}. Try y.float().")
+    if y.layout != torch.strided:
+        raise TypeError(f"Expected y to be dense, got {y.layout}. Try y.to_dense().")
     if like is not None and y.dtype != like.dtype:
         raise TypeError(
             f"Expected y of the parameters' dtype {like.dtype}, got {y.dtype}. "
@@ -60,11 +64,21 @@ def check_data(
         raise ValueError(
             f"Expected y of shape (n, {names}) with n >= 1, got {tuple(y.shape)}. {hint}"
         )
+    if num_data is not None and not isinstance(num_data, Integral | torch.SymInt):
+        raise TypeError(
+            "Expected num_data to be a whole number (size of the data set), got "
+            f"{type(num_data).__name__}."
+        )
     if num_data is not None and num_data < len(y):
         raise ValueError(f"Expected num_data >= {len(y)} (the minibatch), got {num_data}.")
     if mask is None:
         return y, None
     mask = check_mask(y, mask)
+    if mask.device != y.device:
+        raise RuntimeError(
+            f"Expected mask on the data's device {y.device}, got {mask.device}. "
+            f"Try mask.to({str(y.device)!r})."
+        )
     return torch.where(mask, y, torch.zeros_like(y)), mask
 
 
@@ -75,9 +89,13 @@ def check_mask(y: Tensor, mask: Tensor) -> Tensor:
         TypeError: If it is not a boolean tensor.
         ValueError: If it does not broadcast to ``y``.
     """
+    if not isinstance(y, Tensor):
+        raise TypeError(f"Expected y to be a tensor, got {type(y).__name__}.")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"Expected mask to be a boolean tensor, True = observed; got {kind}.")
+    if mask.layout != torch.strided:
+        raise TypeError(f"Expected mask to be dense, got {mask.layout}. Try mask.to_dense().")
     try:
         return mask.broadcast_to(y.shape)
     except RuntimeError:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pyro_sparse.likelihoods.base import Likelihood
-from pyro_sparse.ops import Positive
+from pyro_sparse.ops import Positive, check_tensor
 
 
 class Gaussian(Likelihood):
@@ -24,7 +24,8 @@ class Gaussian(Likelihood):
         scale: As given, or as learned.
 
     Raises:
-        ValueError: If ``scale`` is not positive and finite.
+        TypeError: If ``scale`` is not a real number or a dense tensor of them.
+        ValueError: If ``scale`` is not positive and finite, or empty.
 
     Example:
         >>> likelihood = Gaussian(0.5)
@@ -36,10 +37,10 @@ class Gaussian(Likelihood):
 
     def __init__(self, scale: float | Tensor, *, trainable: bool = False) -> None:
         super().__init__()
-        if not isinstance(scale, Tensor):  # also a numpy scalar, whose float64 must not spread
-            scale = torch.as_tensor(scale, dtype=torch.get_default_dtype())
-        value = scale.detach().clone() if scale.is_floating_point() else scale.float()
-        _check_scale(value)
+        floating = isinstance(scale, Tensor) and scale.is_floating_point()
+        # Also of a numpy scalar, whose float64 must not spread.
+        dtype = scale.dtype if floating else torch.get_default_dtype()  # type: ignore[union-attr]
+        value = _as_scale(scale, dtype).detach().clone()
         if trainable:
             self.scale = nn.Parameter(value)
             parametrize.register_parametrization(self, "scale", Positive())
@@ -56,11 +57,11 @@ class Gaussian(Likelihood):
             scale: Positive and finite; a number, or in a shape that broadcasts to ``scale``.
 
         Raises:
+            TypeError: If it is not a real number or a dense tensor of them.
             ValueError: If it is not positive and finite, or of another shape.
         """
         own = self.scale.detach()
-        value = torch.as_tensor(scale, dtype=own.dtype, device=own.device)
-        _check_scale(value)
+        value = _as_scale(scale, own.dtype).to(own.device)
         try:
             value = value.broadcast_to(own.shape)
         except RuntimeError:
@@ -74,7 +75,19 @@ class Gaussian(Likelihood):
                 self.scale.copy_(value)
 
     def forward(self, predictor: Tensor) -> dist.Normal:  # noqa: D102
-        return dist.Normal(predictor, self.scale)
+        check_tensor("predictor", predictor)
+        scale = self.scale
+        _check_fits(scale, predictor.shape)
+        return dist.Normal(predictor, scale)
+
+    def check(self, y: Tensor) -> None:  # noqa: D102
+        check_tensor("y", y)
+        scale = self.scale
+        # A number beside a tensor changes neither its dtype nor, on the CPU, its device.
+        if scale.dim() or scale.device.type != "cpu":
+            like = scale if scale.dim() else scale.to(y.dtype)
+            check_tensor("y, as the scale of Gaussian is,", y, like)
+        _check_fits(scale, y.shape)
 
     def mean(self, predictor: Tensor) -> Tensor:  # noqa: D102
         return predictor
@@ -92,6 +105,28 @@ class Gaussian(Likelihood):
         return score * y - (self.scale * score).square() / 2
 
 
-def _check_scale(scale: Tensor) -> None:
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+def _as_scale(scale: object, dtype: torch.dtype) -> Tensor:
+    """A scale as a tensor; refuses what is none."""
+    refused = isinstance(scale, Tensor) and (scale.is_complex() or scale.layout != torch.strided)
+    try:
+        value = None if refused else torch.as_tensor(scale, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        value = None
+    if value is None:
+        raise TypeError(
+            "Expected scale to be a real number or a dense tensor of real numbers, got "
+            f"{scale.dtype if isinstance(scale, Tensor) else type(scale).__name__}."
+        )
+    positive = bool((torch.isfinite(value) & (value > 0)).all())
+    if not positive or value.numel() == 0:
         raise ValueError(f"Expected scale > 0 and finite (a standard deviation), got {scale}.")
+    return value
+
+
+def _check_fits(scale: Tensor, shape: torch.Size) -> None:
+    sizes = zip(reversed(scale.shape), reversed(shape))
+    if scale.dim() > len(shape) or any(own not in (1, size) for own, size in sizes):
+        raise ValueError(
+            f"Expected a scale of Gaussian that broadcasts to the data, {tuple(shape)}, got "
+            f"{tuple(scale.shape)}. One per channel of a picture has the shape (channels, 1, 1)."
+        )

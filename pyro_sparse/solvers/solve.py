@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Prior, check_prior, codes_prior, conjugate
 from pyro_sparse.likelihoods import Gaussian, Likelihood, check_mask
+from pyro_sparse.ops import check_tensor
 from pyro_sparse.solvers.methods import FISTA, Method
 from pyro_sparse.solvers.problem import Problem
 
@@ -81,7 +83,9 @@ def solve(
         ValueError: If a shape does not fit, an observed sample is not finite, ``tol`` or
             ``max_steps`` is not positive, or ``tol`` is below the rounding of an operator in a
             ``Composition`` that works in float32.
-        TypeError: If ``y`` is not a floating tensor of the dictionary's dtype.
+        TypeError: If ``y`` is not a floating tensor of the dictionary's dtype, or an argument is of
+            another kind.
+        RuntimeError: If ``y`` is on another device than the dictionary.
         NotImplementedError: If the prior has no registered ``prox``, or no ``conjugate`` and
             ``tol`` is given.
 
@@ -97,17 +101,20 @@ def solve(
         tensor([2.0000, 0.0000, 0.5000])
     """
     check_prior(prior, has_rate=rate is not None)
+    _check_kinds(dictionary, likelihood, method, tol, max_steps)
     if tol is not None and not tol > 0 or max_steps < 1:
         raise ValueError(f"Expected tol > 0 (or None), max_steps >= 1; got {tol}, {max_steps}.")
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"Expected y to be a floating tensor, got {kind}.")
+        raise TypeError(f"Expected y to be a floating tensor, got {kind}. Try y.float().")
+    check_tensor("y", y)
     expected = dictionary.like.dtype
     if expected != y.dtype:
         raise TypeError(
             f"Expected y of the dictionary's dtype {expected}, got {y.dtype}. "
             "Convert one of them, for example with dictionary.double()."
         )
+    check_tensor("y", y, dictionary.like)  # the device
     with torch.no_grad():
         bound = dictionary.bind()
         shape = dictionary.code_shape(y.shape)
@@ -116,6 +123,7 @@ def solve(
         batch = y.shape[: y.dim() - dictionary.signal_dims]
         rows, observed = _observed(y, mask, signal_shape)
         likelihood = Gaussian(1.0).to(y) if likelihood is None else likelihood
+        likelihood.check(y)
         law = codes_prior(prior, rate, code_shape, like=y)
         if law.batch_shape:
             raise ValueError(
@@ -136,6 +144,26 @@ def solve(
         steps.reshape(batch),
         converged.reshape(batch),
     )
+
+
+def _check_kinds(
+    dictionary: object, likelihood: object, method: object, tol: object, max_steps: object
+) -> None:
+    if not isinstance(dictionary, Dictionary):
+        raise TypeError(
+            f"Expected a Dictionary, such as Dense(...), got {type(dictionary).__name__}."
+        )
+    if not isinstance(likelihood, Likelihood | None):
+        raise TypeError(
+            f"Expected a Likelihood, such as Gaussian(...), got {type(likelihood).__name__}."
+        )
+    if not isinstance(method, Method | None):
+        raise TypeError(f"Expected method to be FISTA() or ISTA(), got {method!r}.")
+    if not isinstance(tol, Real | None) or not isinstance(max_steps, Integral):
+        raise TypeError(
+            "Expected tol to be a number (or None) and max_steps a whole number, got "
+            f"{tol!r}, {max_steps!r}."
+        )
 
 
 def _check_certifiable(problem: Problem, tol: float) -> None:
@@ -218,8 +246,11 @@ def _take(part: Tensor, index: Tensor) -> Tensor:
 
 
 def _start(init: Tensor, shape: torch.Size, y: Tensor) -> Tensor:
+    check_tensor("init", init)
     if init.shape != shape:
         raise ValueError(f"Expected init of shape {tuple(shape)}, got {tuple(init.shape)}.")
+    if not bool(torch.isfinite(init).all()):
+        raise ValueError("Expected init to be finite. Leave it out to start from zero.")
     return init.detach().to(y, copy=True)
 
 
@@ -230,6 +261,11 @@ def _observed(
     y = y.detach()
     if mask is not None:
         mask = check_mask(y, mask)
+        if mask.device != y.device:
+            raise RuntimeError(
+                f"Expected mask on the data's device {y.device}, got {mask.device}. "
+                f"Try mask.to({str(y.device)!r})."
+            )
         y = torch.where(mask, y, torch.zeros_like(y))
         mask = mask.reshape(-1, *signal_shape)
     rows = y.reshape(-1, *signal_shape)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
+import torch
 from torch import Tensor, nn
 
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Law
-from pyro_sparse.likelihoods import Likelihood
+from pyro_sparse.likelihoods import Likelihood, check_mask
+from pyro_sparse.ops import check_tensor
 from pyro_sparse.solvers.methods import FISTA, Method
 from pyro_sparse.solvers.problem import Problem
 
@@ -36,6 +41,7 @@ class Unrolled(nn.Module):
         synthesis: Where :math:`D` in the layers is taken from, likewise.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If a number is out of its range.
 
     References:
@@ -56,12 +62,20 @@ class Unrolled(nn.Module):
         synthesis: Dictionary | None = None,
     ) -> None:
         super().__init__()
+        for name, part in (("dictionary", dictionary), ("analysis", analysis)):
+            _check_kind(name, part, Dictionary, optional=name == "analysis")
+        _check_kind("synthesis", synthesis, Dictionary, optional=True)
+        _check_kind("likelihood", likelihood, Likelihood)
+        _check_kind("method", method, Method, optional=True)
+        _check_kind("num_steps", num_steps, Integral)
+        _check_kind("threshold_decay", threshold_decay, Real)
+        _check_kind("lipschitz", lipschitz, Real, optional=True)
         if num_steps < 1:
             raise ValueError(f"Expected num_steps >= 1, got {num_steps}.")
         if not 0 < threshold_decay <= 1:
             raise ValueError(f"Expected threshold_decay in (0, 1], got {threshold_decay}.")
-        if lipschitz is not None and not lipschitz > 0:
-            raise ValueError(f"Expected lipschitz > 0, got {lipschitz}.")
+        if lipschitz is not None and not 0 < lipschitz < math.inf:
+            raise ValueError(f"Expected a finite lipschitz > 0, got {lipschitz}.")
         self.dictionary = dictionary
         self.likelihood = likelihood
         self.analysis = analysis
@@ -93,7 +107,14 @@ class Unrolled(nn.Module):
 
         Returns:
             Shape ``(..., *code_shape)``, with exact zeros.
+
+        Raises:
+            TypeError: If ``y`` is not a floating tensor of the dictionary's dtype, ``mask`` not
+                boolean, or ``law`` not a Pyro distribution.
+            RuntimeError: If ``y`` is on another device than the dictionary.
+            ValueError: If shapes do not fit.
         """
+        self._check(y, law, mask, atoms)
         tied = self.dictionary.bind(atoms)
         synthesis = tied if self.synthesis is None else self.synthesis.bind()
         analysis = tied if self.analysis is None else self.analysis.bind()
@@ -113,3 +134,43 @@ class Unrolled(nn.Module):
             state = self.method.advance(state, codes, problem.code_dims)
         assert state.codes is not None
         return state.codes
+
+    def _check(self, y: Tensor, law: Law, mask: Tensor | None, atoms: Tensor | None) -> None:
+        """Once for all layers, which check nothing."""
+        check_tensor("y", y, self.dictionary.like)
+        if atoms is not None:
+            check_tensor("atoms", atoms, y)
+            own = atoms.dim() - self.dictionary.atoms.dim()
+            _check_leading(y.shape[: y.dim() - self.dictionary.signal_dims], atoms.shape[:own])
+        if mask is not None:
+            check_mask(y, mask)
+        shape = self.dictionary.code_shape(y.shape)
+        for name, part in (("analysis", self.analysis), ("synthesis", self.synthesis)):
+            if part is not None and part.code_shape(y.shape) != shape:
+                raise ValueError(
+                    f"Expected {name} to make codes of the dictionary's shape {tuple(shape)}, got "
+                    f"{tuple(part.code_shape(y.shape))}."
+                )
+        _check_kind("law", law, Law)
+        one = shape[len(shape) - self.dictionary.code_dims :]
+        if law.event_shape != one:
+            raise ValueError(
+                f"Expected a law of one datum's codes, event shape {tuple(one)}, got "
+                f"{tuple(law.event_shape)}. Try distributions.codes_prior."
+            )
+        self.likelihood.check(y)
+
+
+def _check_leading(of_data: torch.Size, of_atoms: torch.Size) -> None:
+    try:
+        torch.broadcast_shapes(of_data, of_atoms)
+    except RuntimeError:
+        raise ValueError(
+            f"Expected leading dimensions of sampled atoms that broadcast with those of the data, "
+            f"{tuple(of_data)}, got {tuple(of_atoms)}. Particles stand in front: (particles, 1)."
+        ) from None
+
+
+def _check_kind(name: str, value: object, kind: type, *, optional: bool = False) -> None:
+    if not isinstance(value, kind) and not (optional and value is None):
+        raise TypeError(f"Expected {name} to be a {kind.__name__}, got {value!r}.")

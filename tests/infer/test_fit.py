@@ -571,3 +571,35 @@ def test_a_missing_plate_is_named() -> None:
     model, _ = make()
     with pytest.raises(ValueError, match=r"(?s)codes .* in \[data\] .* in \[\] +<-"):
         quick(model, NoPlate(), draw())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"epochs": 2.5}, TypeError, "epochs to be a whole number, got 2.5"),
+        ({"epochs": "x"}, TypeError, "epochs to be a whole number, got 'x'"),
+        ({"batch_size": True}, TypeError, "batch_size to be a whole number, got True"),
+        ({"seed": -1}, ValueError, "seed >= 0, got -1"),
+        ({"device": "gpu0"}, ValueError, "device such as 'cuda', got 'gpu0'"),
+        ({"optimizer": "adam"}, TypeError, "optimizer to be something to call.*got 'adam'"),
+        ({"loss": 3}, TypeError, "loss to be something to call.*Trace_ELBO.*got 3"),
+        ({"phases": 3}, TypeError, "phases to be a list of infer.Phase objects, got 3"),
+        ({"phases": [3]}, TypeError, "phases to be a list of infer.Phase objects, got 3"),
+        ({"callbacks": [3]}, TypeError, "callbacks to be a list of infer.Callback objects, got 3"),
+        ({"early_stopping": 3}, TypeError, "early_stopping to be an infer.EarlyStopping object"),
+        ({"guard": "stop"}, TypeError, "guard to be an infer.Guard object, got 'stop'"),
+        ({"checkpoints": "run"}, TypeError, "checkpoints to be an infer.Checkpoints object"),
+    ],
+    ids=range(13),
+)
+def test_arguments_of_a_wrong_kind_are_refused_by_name(options, error, message) -> None:
+    model, guide = make()
+    before = parameters(model, guide)
+    with pytest.raises(error, match=message):
+        quick(model, guide, draw(), **options)
+    assert same(parameters(model, guide), before)
+
+
+def test_a_program_that_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match="guide to be a program, a module or a function, got 3"):
+        quick(make()[0], 3, draw())
