@@ -46,9 +46,17 @@ class Rate(nn.Module):
 
     def __init__(self, init: float | Tensor, *, num_atoms: int | None = None) -> None:
         super().__init__()
-        if not isinstance(init, Tensor):  # also a numpy scalar, whose float64 must not spread
-            init = torch.as_tensor(init, dtype=torch.get_default_dtype())
-        value = init.detach().clone() if init.is_floating_point() else init.float()
+        try:
+            # A numpy scalar too: its float64 must not spread.
+            kept = isinstance(init, Tensor) and init.is_floating_point()
+            dtype = None if kept else torch.get_default_dtype()
+            value = torch.as_tensor(init, dtype=dtype).detach().to_dense().clone()
+            value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+            refused = value.is_meta
+        except (TypeError, ValueError, RuntimeError):
+            refused = True
+        if refused or (isinstance(init, Tensor) and init.is_complex()):
+            raise TypeError(f"Expected init to be real numbers, got {type(init).__name__}.")
         if num_atoms is not None:
             check_sizes(num_atoms=num_atoms)
             if value.shape not in ((), (num_atoms,)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,19 +12,6 @@ from pyro_sparse.infer.checkpoints import Checkpoints
 from pyro_sparse.infer.guard import Guard
 from pyro_sparse.infer.history import EarlyStopping
 from pyro_sparse.infer.phases import Phase
-
-
-def check_whole(name: str, value: Any, least: int | None = None) -> None:
-    """Refuse what is not a whole number of at least ``least`` (any, if that is None).
-
-    Raises:
-        TypeError: If it is not a whole number (``True`` is none).
-        ValueError: If it is too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"Expected {name} to be a whole number, got {value!r}.")
-    if least is not None and value < least:
-        raise ValueError(f"Expected {name} >= {least}, got {value}.")
 
 
 def check_kinds(

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from pyro_sparse.infer.callbacks import Progress
+from pyro_sparse.infer.numbers import check_real, check_whole
+from pyro_sparse.ops import check_tensor
 
 
 class RunningAverage:
     """Sums averaged over steps, with weight ``step ** -decay`` for the newest."""
 
     def __init__(self, decay: float) -> None:
-        if not 0 <= decay <= 1:
-            raise ValueError(f"Expected decay in [0, 1], got {decay}.")
+        check_real("decay", decay, 0.0, 1.0)
         self.decay = decay
         self.num_updates = 0
         self.sums: dict[str, Tensor] = {}
@@ -66,10 +67,13 @@ def encoded(progress: Progress) -> Tensor:
 
 def data_size(codes: Tensor, num_data: int | None) -> int:
     """Size of the data set that the codes of a minibatch stand for."""
+    check_tensor("codes", codes)
     if codes.dim() < 2 or len(codes) == 0:
         raise ValueError(
             f"Expected codes of shape (n, atoms, *positions) with n >= 1, got {tuple(codes.shape)}."
         )
+    if num_data is not None:
+        check_whole("num_data", num_data)
     if num_data is not None and num_data < len(codes):
         raise ValueError(f"Expected num_data >= {len(codes)} (the minibatch), got {num_data}.")
     return num_data or len(codes)

@@ -223,6 +223,8 @@ class _Writer:
 
     def _reference(self, value: Any, where: str) -> dict[str, Any]:
         if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta:
+                raise TypeError(f"Cannot save {where}: expected a dense tensor that holds values.")
             name = f"argument:{len(self.tensors)}"
             self.tensors[name] = value.detach()
             return {"@parameter" if isinstance(value, nn.Parameter) else "@tensor": name}

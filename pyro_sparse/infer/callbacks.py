@@ -44,7 +44,7 @@ class Callback:
     """
 
     def after_step(self, progress: Progress) -> None:
-        """Called after every step of the optimiser."""
+        """Called after every step of the optimiser; the loss is ``nan`` if it was undone."""
 
     def after_epoch(self, progress: Progress) -> None:
         """Called after every epoch, with its last minibatch."""

@@ -16,6 +16,7 @@ codes that fit the noise make its scale come out too low.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -133,7 +134,9 @@ class RateEM(Callback):
         return self.rate().detach()
 
     def after_step(self, progress: Progress) -> None:
-        """Encode the minibatch anew and update."""
+        """Encode the minibatch anew and update, unless the step was undone."""
+        if math.isnan(progress.loss):
+            return
         with torch.no_grad():
             codes = encoded(progress)
             counted = self._target.counted(progress.y, progress.mask)

@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_sparse.infer.arguments import check_kinds, check_whole
+from pyro_sparse.infer.arguments import check_kinds
 from pyro_sparse.infer.batches import Batch, Source, check_finite, open_source
 from pyro_sparse.infer.callbacks import Callback, Progress
 from pyro_sparse.infer.checkpoints import Checkpoints
@@ -34,6 +34,7 @@ from pyro_sparse.infer.guard import (
     step_schedule,
 )
 from pyro_sparse.infer.history import EarlyStopping, History
+from pyro_sparse.infer.numbers import check_whole
 from pyro_sparse.infer.phases import Objective, Optimizer, Phase, Schedule, Update, build
 from pyro_sparse.infer.processes import all_of, gathered, mean_over, parallel, rank_and_size, share
 from pyro_sparse.infer.programs import Apart, held, kept, readable
@@ -42,6 +43,7 @@ from pyro_sparse.infer.resume import (
     Stored,
     check_setting,
     collect,
+    restore_history,
     restore_optimizers,
     restore_programs,
     restore_random,
@@ -226,7 +228,7 @@ class _Training:
         if stored is not None:
             check_setting(stored, self._setting())
             restore_programs(stored, self.programs, self.callbacks)
-            self.history = History(**stored[1]["history"])
+            self.history = restore_history(stored)
             self.position = Position(**stored[1]["position"])
             self.start -= self.history.seconds
         self.guard.count = self.position.faults

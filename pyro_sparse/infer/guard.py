@@ -18,6 +18,8 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_sparse.infer.numbers import check_real, check_whole
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -85,8 +87,8 @@ class RollBack(Guard):
     """
 
     def __init__(self, *, factor: float = 0.5, limit: int = 10) -> None:
-        if not 0 < factor <= 1 or limit < 1:
-            raise ValueError(f"Expected factor in (0, 1] and limit >= 1, got {factor}, {limit}.")
+        check_real("factor", factor, 0.0, 1.0, open_low=True)
+        check_whole("limit", limit, 1)
         self.factor = factor
         self.limit = limit
 

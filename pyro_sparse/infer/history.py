@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from pyro_sparse.infer.numbers import check_real, check_whole
 
 
 @dataclass
@@ -36,7 +39,7 @@ class EarlyStopping:
 
     Attributes:
         patience: Epochs without improvement, ``>= 1``.
-        min_delta: What counts as one, in nats per datum.
+        min_delta: What counts as one, in nats per datum, ``>= 0``.
         data: Validation data, shape ``(n, *signal_shape)``; without them the training loss counts.
         mask: True where a validation sample was observed.
     """
@@ -47,5 +50,5 @@ class EarlyStopping:
     mask: Any = None
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"Expected patience >= 1, got {self.patience}.")
+        check_whole("patience", self.patience, 1)
+        check_real("min_delta", self.min_delta, 0.0, math.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.infer.averages import RunningAverage, data_size, encoded
 from pyro_sparse.infer.callbacks import Callback, Progress
+from pyro_sparse.infer.numbers import check_real
 from pyro_sparse.likelihoods import Gaussian, check_mask
+from pyro_sparse.ops import check_tensor
 
 
 class NoiseEM(Callback):
@@ -61,8 +64,8 @@ class NoiseEM(Callback):
                 f"Expected a Gaussian likelihood, got {type(likelihood).__name__}: other families "
                 "have no scale with this closed form."
             )
-        if momentum is not None and not 0 < momentum <= 1:
-            raise ValueError(f"Expected momentum in (0, 1] (or None), got {momentum}.")
+        if momentum is not None:
+            check_real("momentum", momentum, 0.0, 1.0, open_low=True)
         self.likelihood = likelihood
         self.dictionary = dictionary
         self.momentum = momentum
@@ -94,6 +97,7 @@ class NoiseEM(Callback):
         Raises:
             ValueError: If a shape does not fit, or nothing is left unexplained: a scale of zero.
         """
+        check_tensor("y", y, like=self.dictionary.like)
         size = data_size(codes, num_data)
         scale = self.likelihood.scale.detach()
         with torch.no_grad():
@@ -120,7 +124,9 @@ class NoiseEM(Callback):
         return self.likelihood.scale.detach().clone()
 
     def after_step(self, progress: Progress) -> None:
-        """Encode the minibatch anew and update."""
+        """Encode the minibatch anew and update, unless the step was undone."""
+        if math.isnan(progress.loss):
+            return
         with torch.no_grad():
             codes = encoded(progress)
         self.update(progress.y, codes, progress.num_data, mask=progress.mask)

@@ -11,6 +11,8 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_sparse.infer.numbers import check_whole
+
 Objective = Callable[..., nn.Module]
 """Called as ``objective(model, guide)``; gives a module that is called as ``(y, num_data, mask=)``.
 
@@ -82,10 +84,10 @@ class Phase:
     updates: Sequence[Update] = (Update(),)
 
     def __post_init__(self) -> None:
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int):
-            raise TypeError(f"Expected epochs to be a whole number, got {self.epochs!r}.")
-        if self.epochs < 1:
-            raise ValueError(f"Expected epochs >= 1, got {self.epochs}.")
+        check_whole("epochs", self.epochs, 1)
+        given = isinstance(self.updates, Sequence) and not isinstance(self.updates, str)
+        if not given or not all(isinstance(update, Update) for update in self.updates):
+            raise TypeError(f"Expected updates to be a list of Update, got {self.updates!r}.")
         if not self.updates:
             raise ValueError("Expected at least one update in a phase, got none.")
 

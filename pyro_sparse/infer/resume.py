@@ -57,6 +57,7 @@ def collect(
         "random": {
             f"{rank}.{k}": state for rank, own in enumerate(random) for k, state in enumerate(own)
         },
+        "history": _series(history),
         "optimizers": {},
         "callbacks": {},
     }
@@ -76,13 +77,37 @@ def collect(
         plain_callbacks.append(_split(callback.state_dict(), tensors["callbacks"], f"{number}."))
     record = {
         "position": vars(position),
-        "history": vars(history),
+        "history": {**vars(history), "step_loss": [], "update_loss": []},
         "setting": setting,
         "optimizers": plain_optimizers,
         "schedules": [None if s is None else _plain_schedule(s) for s in schedules],
         "callbacks": plain_callbacks,
     }
     return tensors, record
+
+
+def _series(history: History) -> dict[str, Tensor]:
+    """What has an entry for every step: a week of them would not fit a JSON record.
+
+    As the bits of float64: the loss of a step that was undone is not finite, a stored tensor is.
+    """
+    losses = [loss for row in history.update_loss for loss in row]
+    return {
+        "step_loss": torch.tensor(history.step_loss, dtype=torch.float64).view(torch.int64),
+        "update_loss": torch.tensor(losses, dtype=torch.float64).view(torch.int64),
+        "updates": torch.tensor([len(row) for row in history.update_loss], dtype=torch.int64),
+    }
+
+
+def restore_history(stored: Stored) -> History:
+    """The losses so far."""
+    tensors, record = stored
+    history = History(**record["history"])
+    series = tensors["history"]
+    history.step_loss = series["step_loss"].view(torch.float64).tolist()
+    losses = series["update_loss"].view(torch.float64)
+    history.update_loss = [row.tolist() for row in losses.split(series["updates"].tolist())]
+    return history
 
 
 def check_setting(stored: Stored, setting: dict[str, Any]) -> None:

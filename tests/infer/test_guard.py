@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from pyro_sparse import infer
 from pyro_sparse.dictionaries import Dense
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.infer import Fault, Guard, Phase, RollBack, Stop, Update, fit
@@ -337,7 +339,7 @@ def test_the_limit_counts_the_faults_of_all_phases_but_of_one_training_only() ->
 
 @pytest.mark.parametrize("options", [{"factor": 0.0}, {"factor": 1.1}, {"limit": 0}])
 def test_a_rollback_out_of_range_is_refused(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"factor in \(0, 1\] and limit >= 1"):
+    with pytest.raises(ValueError, match=r"factor in \(0, 1\]|limit >= 1"):
         RollBack(**options)
 
 
@@ -487,3 +489,29 @@ def test_the_guard_costs_little() -> None:
     with_guard, without = cost(rounds=5, steps=5)
     # 3 % is the target; a shared machine adds its own noise to the medians.
     assert with_guard / without < 1.10
+
+
+def test_callbacks_hear_of_a_step_that_was_undone_by_its_loss() -> None:
+    heard: list[float] = []
+
+    class Ears(infer.Callback):
+        def after_step(self, progress: infer.Progress) -> None:
+            heard.append(progress.loss)
+
+    dictionary, likelihood, prior = Dense(6, 4), Gaussian(0.5), dist.Laplace(0.0, 1.0)
+    next(dictionary.parameters()).register_hook(
+        lambda gradient: gradient * (torch.nan if len(heard) in (3, 8) else 1.0)
+    )
+    history = infer.fit(
+        SparseCoding(dictionary, likelihood, prior),
+        UnrolledFISTA(dictionary, likelihood, prior, num_steps=2),
+        torch.randn(40, 4),
+        epochs=4,
+        batch_size=10,
+        guard=infer.RollBack(),
+        callbacks=[Ears()],
+        progress=False,
+    )
+    assert len(history.faults) == 2
+    assert len(heard) == len(history.step_loss) == 16
+    assert sum(map(math.isnan, heard)) == len(history.faults)
