@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pyro_sparse.dictionaries import Boundary, Interior, Overhang, Periodic
 
 BATCHES = [(), (3,), (2, 1)]
-# relative to the norms of both sides.
+# Rounding of sums of a few thousand terms, relative to the norms of both sides.
 ADJOINT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 # Name, boundary, and a length that fits ``kernel`` and ``stride`` in dimension ``dim``.

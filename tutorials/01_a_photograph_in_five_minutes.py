@@ -100,20 +100,28 @@ print(f"objective {first:.0f} -> {last:.0f} nats per crop in {history.seconds:.0
 # %% [markdown]
 # ## What was found
 #
-# Edges and bars in many orientations: this is what the picture is made of. Atoms that found
-# nothing to explain still look like noise; they are hardly ever active.
+# Edges and bars in many orientations: this is what the picture is made of. They are sorted by how
+# much they carry, the sum of the sizes of their codes. Those at the end still look like noise:
+# nothing in the picture asked for them. Do not sort by how *often* an atom is active: atoms like
+# noise answer to noise, so they are active the most often, each time a little.
 
 # %%
 with torch.no_grad():
     codes = guide.encode(crops[:200])
-share_active = (codes != 0).float().mean((0, 2, 3))
-order = share_active.argsort(descending=True)
+carried = codes.abs().mean((0, 2, 3))
+order = carried.argsort(descending=True)
 atoms = dictionary.atoms.detach()[order, 0].numpy()
 figure, axis = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
 axis.imshow(figures.atom_grid(atoms, 8), cmap=figures.GRID_COLOURS, vmin=-1, vmax=1)
 axis.set_axis_off()
 figure.savefig(FIGURES / "01_atoms.png", dpi=110)
-print(f"codes are zero {100 * (1 - share_active.mean()):.1f} % of the time")
+
+often = (codes != 0).float().mean((0, 2, 3))[order]
+size = carried[order] / often
+print(f"codes are zero {100 * (1 - often.mean()):.1f} % of the time")
+for name, part in (("carry most", slice(0, 8)), ("carry least", slice(-8, None))):
+    share, mean = 100 * often[part].mean(), size[part].mean() / photograph.SIGMA
+    print(f"the 8 atoms that {name}: active {share:.1f} % of the time, mean size {mean:.1f} sigma")
 
 # %% [markdown]
 # Denoising is encoding and decoding. With a stride of 4 there are 16 ways to lay the grid of

@@ -202,13 +202,14 @@ def _look_through(wrapper: type) -> None:
     def _(prior: Any) -> Conjugate:
         return conjugate(prior.base_dist)
 
-    @penalty.register(wrapper)
-    def _(prior: Any, value: Tensor) -> Tensor:
-        return penalty(prior.base_dist, value)
-
 
 for _wrapper in (torch.distributions.Independent, ExpandedDistribution):
     _look_through(_wrapper)
+
+
+@penalty.register(ExpandedDistribution)
+def _(prior: Any, value: Tensor) -> Tensor:
+    return penalty(prior.base_dist, value)
 
 
 @penalty.register(torch.distributions.Independent)

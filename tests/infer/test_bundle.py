@@ -26,24 +26,6 @@ from pyro_sparse.models import SparseCoding
 from pyro_sparse.solvers import FISTA, ISTA
 
 
-def guide_arguments(guide: UnrolledFISTA) -> dict[str, Any]:
-    encoder = guide.encoder
-    return {
-        "dictionary": encoder.dictionary,
-        "likelihood": encoder.likelihood,
-        "prior": guide.encoder_prior,
-        "rate": guide.encoder_rate,
-        "rest": guide.rest,
-        "num_steps": encoder.num_steps,
-        "method": encoder.method,
-        "learn_thresholds": encoder.log_threshold is not None,
-        "threshold_decay": encoder.threshold_decay,
-        "lipschitz": encoder.lipschitz,
-        "analysis": encoder.analysis,
-        "synthesis": encoder.synthesis,
-    }
-
-
 class LearnedRate(nn.Module):
     """A user's module."""
 
@@ -80,10 +62,6 @@ def laplace_of(rate: Tensor) -> dist.Laplace:
 def registered() -> Iterator[None]:
     """The registry as it was, with what these tests need."""
     before = dict(bundle._BY_NAME), dict(bundle._BY_TARGET)
-    register_savable(SparseCoding, name="pyro_sparse.models.SparseCoding")
-    register_savable(
-        UnrolledFISTA, name="pyro_sparse.guides.UnrolledFISTA", arguments=guide_arguments
-    )
     for target in (LearnedRate, Mask, laplace_of):
         register_savable(target)
     yield
