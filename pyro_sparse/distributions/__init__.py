@@ -1,5 +1,8 @@
 """Sparse laws of codes, and what solvers ask of a prior."""
 
+from pyro_sparse.distributions.gamma import GammaThresholded
+from pyro_sparse.distributions.kl import kl_gates
+from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab
 from pyro_sparse.distributions.priors import (
     Law,
     Prior,
@@ -23,17 +26,23 @@ from pyro_sparse.distributions.rates import (
     rate_statistic,
     register_rate_statistic,
 )
+from pyro_sparse.distributions.relaxed import RelaxedSpikeAndSlab
 
 __all__ = [
     "Conjugate",
+    "GammaThresholded",
     "Law",
+    "Mixed",
     "Prior",
     "Rate",
     "RateStatistic",
+    "RelaxedSpikeAndSlab",
+    "SpikeAndSlab",
     "check_prior",
     "check_rate",
     "codes_prior",
     "conjugate",
+    "kl_gates",
     "match",
     "penalty",
     "prox",

@@ -25,6 +25,7 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
+from pyro_sparse.distributions.mixed import Mixed
 from pyro_sparse.ops import soft_threshold, soft_threshold_nonnegative
 
 
@@ -43,7 +44,8 @@ def prox(prior: Any, value: Tensor, step: Tensor | float) -> Tensor:
         The minimiser, in the broadcast shape; exact zeros where the prior makes them.
 
     Raises:
-        NotImplementedError: If nothing is registered for the prior's type.
+        NotImplementedError: If nothing is registered for the prior's type, or it has an atom at
+            zero, where the minimiser would depend on the unit of the codes.
 
     References:
         Parikh & Boyd (2014), Proximal Algorithms, sec. 1.1.
@@ -190,6 +192,18 @@ def _(prior: dist.Normal) -> Conjugate:
         -unbounded,
         unbounded,
         lambda slope: slope * (prior.loc + prior.scale.square() * slope / 2),
+    )
+
+
+@prox.register(Mixed)
+@conjugate.register(Mixed)
+@penalty.register(Mixed)
+def _(prior: Mixed, *_: Any) -> Any:
+    raise NotImplementedError(
+        f"Expected a prior with a density, got {type(prior).__name__}, with an atom at zero: a "
+        "point has a probability there and a density elsewhere, so which codes are the most "
+        "probable depends on their unit, and there is no proximal step. Use a guide with an atom "
+        "at zero in place of a point, or a prior without one, such as Laplace."
     )
 
 

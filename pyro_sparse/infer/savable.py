@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pyro_sparse.dictionaries import Composition, Conv, Dense, Interior, Overhang, Periodic
-from pyro_sparse.distributions import Rate
+from pyro_sparse.distributions import (
+    GammaThresholded,
+    Rate,
+    RelaxedSpikeAndSlab,
+    SpikeAndSlab,
+)
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.solvers import FISTA, ISTA
@@ -51,6 +56,18 @@ def _law(cls: type) -> Callable[..., Any]:
             raise ValueError(f"Expected tensors of one shape, got {sorted(shapes)}.")
         cls(**arguments, validate_args=True)
         return cls(**arguments)
+
+    return build
+
+
+def _gated(cls: type) -> Callable[..., Any]:
+    def build(slab: Any, **arguments: Tensor) -> Any:
+        batch = tuple(getattr(slab, "batch_shape", ()))
+        shapes = {batch, *(tuple(value.shape) for value in arguments.values())}
+        if len(shapes) != 1:  # different ones could broadcast to any size
+            raise ValueError(f"Expected a slab and tensors of one shape, got {sorted(shapes)}.")
+        cls(slab, **arguments, validate_args=True)
+        return cls(slab, **arguments)
 
     return build
 
@@ -116,6 +133,20 @@ def _register_all() -> None:
         arguments=lambda law: {"base": law.base_dist, "dims": law.reinterpreted_batch_ndims},
         build=_independent,
     )
+    place = "pyro_sparse.distributions."
+    register_savable(
+        GammaThresholded,
+        name=place + "GammaThresholded",
+        arguments=listed("loc", "scale", "concentration", "rate"),
+        build=_law(GammaThresholded),
+    )
+    for gated, more in ((SpikeAndSlab, ()), (RelaxedSpikeAndSlab, ("temperature",))):
+        register_savable(
+            gated,
+            name=place + gated.__name__,
+            arguments=listed("slab", "logits", *more),
+            build=_gated(gated),
+        )
     register_savable(
         Rate,
         name="pyro_sparse.distributions.Rate",
