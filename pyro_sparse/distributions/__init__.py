@@ -1,8 +1,15 @@
 """Sparse laws of codes, and what solvers ask of a prior."""
 
+import pyro_sparse.distributions.tails_kl  # noqa: F401  registers KLs
 from pyro_sparse.distributions.gamma import GammaThresholded
 from pyro_sparse.distributions.kl import kl_gates
 from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab
+from pyro_sparse.distributions.overshoots import (
+    LaplaceOvershoot,
+    NormalOvershoot,
+    Overshoot,
+    overshoot,
+)
 from pyro_sparse.distributions.priors import (
     Law,
     Prior,
@@ -27,23 +34,39 @@ from pyro_sparse.distributions.rates import (
     register_rate_statistic,
 )
 from pyro_sparse.distributions.relaxed import RelaxedSpikeAndSlab
+from pyro_sparse.distributions.tails import Tails
+from pyro_sparse.distributions.thresholded import (
+    HardThresholded,
+    ShiftedThresholded,
+    SoftThresholded,
+    Thresholded,
+)
 
 __all__ = [
     "Conjugate",
     "GammaThresholded",
+    "HardThresholded",
+    "LaplaceOvershoot",
     "Law",
     "Mixed",
+    "NormalOvershoot",
+    "Overshoot",
     "Prior",
     "Rate",
     "RateStatistic",
     "RelaxedSpikeAndSlab",
+    "ShiftedThresholded",
+    "SoftThresholded",
     "SpikeAndSlab",
+    "Tails",
+    "Thresholded",
     "check_prior",
     "check_rate",
     "codes_prior",
     "conjugate",
     "kl_gates",
     "match",
+    "overshoot",
     "penalty",
     "prox",
     "rate_statistic",
