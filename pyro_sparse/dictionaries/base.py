@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pyro_sparse.ops import check_tensor
 
@@ -19,11 +22,54 @@ class LinearMap:
 
     A dictionary is a module whose atoms may be normalised anew at each access; ``bind`` reads them
     once and gives this. Concrete maps are pure functions of their atoms.
+
+    ``forward`` is one primitive of ``torch``, whatever a concrete map does in it: codes of a type
+    with a ``__torch_function__`` of its own, such as ``distributions.Moments``, are asked first.
+    They see the function with the arguments ``(map, codes)``, and its attribute ``arithmetic`` is
+    what the concrete map does.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls.forward, "arithmetic"):
+            cls.forward = _primitive(cls.forward)  # type: ignore[method-assign,assignment]
 
     def forward(self, codes: Tensor) -> Tensor:
         """Predictor of the codes."""
         raise NotImplementedError
+
+    def squared(self) -> LinearMap:
+        """The map with squared matrix entries: takes variances of independent codes to the signal.
+
+        Raises:
+            NotImplementedError: If the map does not know its entries, such as a composition.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not state the squares of its entries (`squared`)."
+        )
+
+    def accumulate(self, function: Callable[[Tensor], Tensor], signal: Tensor) -> Tensor:
+        r"""Sum a function of the weighted entries over the codes: :math:`\sum_k f_k(a_{kd}\, t_d)`.
+
+        With :math:`f_k = \log M_k`, the log moment generating function of code :math:`k`, it is
+        that of the predictor at :math:`t_d`.
+
+        Args:
+            function: :math:`f`; maps a tensor that broadcasts with the codes, and may have more
+                leading dimensions, element by element.
+            signal: :math:`t`, shape ``(..., *signal_shape)``.
+
+        Returns:
+            Shape of ``signal``. Takes memory for ``function`` at every entry that is not zero by
+            construction: ``(..., features, atoms)`` for a dense map, as many for a convolutional
+            one as its positions times its kernel.
+
+        Raises:
+            NotImplementedError: If the map does not know its entries, such as a composition.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not sum over its entries (`accumulate`)."
+        )
 
     def adjoint(self, signal: Tensor) -> Tensor:
         """Adjoint of ``forward``: correlation of a signal with each atom, in the shape of codes."""
@@ -40,6 +86,19 @@ class LinearMap:
     def rounding(self) -> float:
         """Rounding unit that ``double()`` still has: float64's, unless a part cannot be widened."""
         return torch.finfo(torch.float64).eps
+
+
+def _primitive(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A map's arithmetic behind a dispatch on the type of the codes."""
+
+    @functools.wraps(forward)
+    def dispatched(self: Any, codes: Tensor) -> Tensor:
+        if type(codes) is not Tensor and has_torch_function_unary(codes):
+            return handle_torch_function(dispatched, (codes,), self, codes)
+        return forward(self, codes)
+
+    dispatched.arithmetic = forward  # type: ignore[attr-defined]
+    return dispatched
 
 
 class Dictionary(nn.Module):

@@ -24,7 +24,16 @@ from torch.nn.functional import pad
 
 
 class Boundary:
-    """Declares what a boundary does along one dimension; ``Conv`` calls it for each in turn."""
+    """Declares what a boundary does along one dimension; ``Conv`` calls it for each in turn.
+
+    Attributes:
+        one_to_one: States that each sample of an atom becomes one sample of the signal, unchanged,
+            or is cut, and that no two samples of an atom meet in one. The map then has the atoms'
+            samples as its entries, of which closed-form moments take squares. A boundary that
+            mirrors or tapers must leave it false.
+    """
+
+    one_to_one = False
 
     def num_positions(self, length: int, kernel: int, stride: int) -> int:
         """Number of atom positions for a signal of ``length`` samples.
@@ -66,6 +75,8 @@ class Interior(Boundary):
         90
     """
 
+    one_to_one = True
+
     def num_positions(self, length: int, kernel: int, stride: int) -> int:  # noqa: D102
         if length < kernel or (length - kernel) % stride:
             fits = max(kernel, kernel + -(-(length - kernel) // stride) * stride)
@@ -94,6 +105,8 @@ class Overhang(Boundary):
         >>> Overhang().num_positions(length=100, kernel=11, stride=1)
         110
     """
+
+    one_to_one = True
 
     def num_positions(self, length: int, kernel: int, stride: int) -> int:  # noqa: D102
         return _num_blocks(length, stride) + (kernel - 1) // stride
@@ -131,6 +144,8 @@ class Periodic(Boundary):
         >>> Periodic().num_positions(length=100, kernel=11, stride=1)
         100
     """
+
+    one_to_one = True
 
     def num_positions(self, length: int, kernel: int, stride: int) -> int:  # noqa: D102
         if length < kernel:

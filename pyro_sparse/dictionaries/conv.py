@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,52 @@ class ConvMap(LinearMap):
     def double(self) -> ConvMap:
         """The same map in float64."""
         return ConvMap(self.atoms.double(), self.stride, self.boundary)
+
+    def squared(self) -> ConvMap:
+        """The map with squared atoms, where no code reaches a sample twice."""
+        self._check_entries()
+        return ConvMap(self.atoms.square(), self.stride, self.boundary)
+
+    def accumulate(self, function: Callable[[Tensor], Tensor], signal: Tensor) -> Tensor:
+        """``sum_kp f_kp(atoms[k, c, t - p] * signal[..., c, t])``, one kernel offset at a time."""
+        self._check_entries()
+        dims = len(self.kernel)
+        canvas = signal
+        for dim, kernel, stride in self._axes():
+            canvas = self.boundary.to_canvas(canvas, dim, kernel, stride)
+        # Channels first: to the function they are one more leading dimension of the codes.
+        canvas = canvas.movedim(-dims - 1, 0)  # (channels, ..., *lengths)
+        lead = [1] * (canvas.dim() - 1 - dims)
+        total = torch.zeros_like(canvas)
+        for offset in itertools.product(*map(range, self.kernel)):
+            # The samples that this offset of an atom meets, one per position.
+            met: tuple[Any, ...] = (
+                ...,
+                *(
+                    slice(first, length - kernel + first + 1, stride)
+                    for first, length, kernel, stride in zip(
+                        offset, canvas.shape[-dims:], self.kernel, self.stride
+                    )
+                ),
+            )
+            samples: tuple[Any, ...] = (slice(None), slice(None), *offset)
+            entries = self.atoms[samples].T  # (channels, atoms)
+            entries = entries.reshape(entries.shape[0], *lead, entries.shape[1], *[1] * dims)
+            values = function(canvas[met].unsqueeze(-dims - 1) * entries)
+            total[met] += values.sum(-dims - 1)
+        total = total.movedim(0, -dims - 1)
+        for dim, kernel, stride in self._axes():
+            total = self.boundary.to_signal(total, dim, kernel, stride)
+        return total
+
+    def _check_entries(self) -> None:
+        # Stated by the class itself: what a subclass changes may make it untrue.
+        if not vars(type(self.boundary)).get("one_to_one", False):
+            raise NotImplementedError(
+                f"Expected a boundary of which no code reaches a sample twice, got "
+                f"{self.boundary!r}: the entries of its map are not those of its atoms. If they "
+                "are, state it with the class attribute one_to_one = True."
+            )
 
     def _axes(self) -> list[tuple[int, int, int]]:
         dims = len(self.kernel)

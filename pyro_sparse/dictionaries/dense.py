@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,19 @@ class DenseMap(LinearMap):
     def double(self) -> DenseMap:
         """The same map in float64."""
         return DenseMap(self.atoms.double())
+
+    def squared(self) -> DenseMap:
+        """The map with squared atoms."""
+        return DenseMap(self.atoms.square())
+
+    def accumulate(self, function: Callable[[Tensor], Tensor], signal: Tensor) -> Tensor:
+        """``sum_k f_k(atoms[k, d] * signal[..., d])``; memory ``(..., features, atoms)``."""
+        # Features first: to the function they are one more leading dimension of the codes.
+        weights = signal.movedim(-1, 0).unsqueeze(-1)  # (features, ..., 1)
+        entries = self.atoms.movedim(-1, 0)  # (features, *batch, atoms)
+        lead = weights.dim() - entries.dim()
+        entries = entries.reshape(entries.shape[0], *[1] * lead, *entries.shape[1:])
+        return function(weights * entries).sum(-1).movedim(0, -1)
 
 
 class Dense(Dictionary):

@@ -1,9 +1,16 @@
 """Sparse laws of codes, and what solvers ask of a prior."""
 
 import pyro_sparse.distributions.tails_kl  # noqa: F401  registers KLs
+from pyro_sparse.distributions.cumulants import log_mgf
+from pyro_sparse.distributions.expected import (
+    expected_log_prob,
+    mean_exp,
+    register_expected_log_prob,
+)
 from pyro_sparse.distributions.gamma import GammaThresholded
 from pyro_sparse.distributions.kl import kl_gates
 from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab
+from pyro_sparse.distributions.moments import Moments, NotAffine
 from pyro_sparse.distributions.overshoots import (
     LaplaceOvershoot,
     NormalOvershoot,
@@ -49,7 +56,9 @@ __all__ = [
     "LaplaceOvershoot",
     "Law",
     "Mixed",
+    "Moments",
     "NormalOvershoot",
+    "NotAffine",
     "Overshoot",
     "Prior",
     "Rate",
@@ -64,13 +73,17 @@ __all__ = [
     "check_rate",
     "codes_prior",
     "conjugate",
+    "expected_log_prob",
     "kl_gates",
+    "log_mgf",
     "match",
+    "mean_exp",
     "overshoot",
     "penalty",
     "prox",
     "rate_statistic",
     "register_conjugate",
+    "register_expected_log_prob",
     "register_prox",
     "register_rate_statistic",
     "spread",
