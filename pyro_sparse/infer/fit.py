@@ -74,7 +74,7 @@ def fit(
     """Train a model and a guide by stochastic variational inference.
 
     Both are called as ``program(y, num_data)``, with ``mask=`` where one is given. The objective is
-    Pyro's ELBO as a module, divided by the number of data, so a learning rate means the same for
+    an ELBO as a module, divided by the number of data, so a learning rate means the same for
     every size of data set. The order of the data is a function of ``seed`` and the epoch alone.
 
     Nothing global is left behind: Pyro's parameter store and torch's random state are those of
@@ -90,7 +90,7 @@ def fit(
             ``(datum, mask)``, or a ``DataLoader`` of batches. Cast to the parameters' dtype and
             moved to their device one minibatch at a time, never written to.
         mask: True where a sample was observed, broadcastable to ``data``.
-        loss: Objective, such as ``pyro.infer.Trace_ELBO()`` (the default).
+        loss: Objective; default ``SparseELBO()``. Any of Pyro's ELBOs works too.
         optimizer: Makes an optimiser of the parameters: a class, or
             ``functools.partial(torch.optim.Adam, lr=1e-2)``.
         schedule: Makes a learning-rate schedule of the optimiser, stepped after every epoch.

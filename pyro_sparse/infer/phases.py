@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_sparse.infer.elbo import SparseELBO
 from pyro_sparse.infer.numbers import check_whole
 
 Objective = Callable[..., nn.Module]
@@ -30,14 +30,14 @@ class Update:
     """One optimiser step on one objective.
 
     Attributes:
-        loss: Objective; default Pyro's ``Trace_ELBO()``.
+        loss: Objective; default ``SparseELBO()``.
         optimizer: Makes the optimiser.
         train: Modules and parameters that move; None for all of both programs.
         schedule: Makes the learning-rate schedule, stepped after every epoch.
         schedule_per_step: Step the schedule after every minibatch instead.
     """
 
-    loss: Objective = field(default_factory=Trace_ELBO)
+    loss: Objective = field(default_factory=SparseELBO)
     optimizer: Optimizer = torch.optim.Adam
     train: Sequence[nn.Module | Tensor] | None = None
     schedule: Schedule | None = None

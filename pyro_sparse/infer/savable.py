@@ -10,16 +10,20 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import pyro_sparse.infer.savable_layers  # noqa: F401  registers torch's layers
 from pyro_sparse.dictionaries import Composition, Conv, Dense, Interior, Overhang, Periodic
 from pyro_sparse.distributions import (
     GammaThresholded,
+    HardThresholded,
     Rate,
     RelaxedSpikeAndSlab,
+    ShiftedThresholded,
+    SoftThresholded,
     SpikeAndSlab,
 )
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.likelihoods import Gaussian
-from pyro_sparse.solvers import FISTA, ISTA
+from pyro_sparse.solvers import FISTA, ISTA, Unrolled
 
 
 def _atoms(dictionary: nn.Module) -> dict[str, Any]:
@@ -72,6 +76,19 @@ def _gated(cls: type) -> Callable[..., Any]:
     return build
 
 
+def _thresholded(cls: type) -> Callable[..., Any]:
+    def build(base: Any, threshold: Tensor, **options: bool) -> Any:
+        shapes = {tuple(getattr(base, "batch_shape", ())), tuple(threshold.shape)}
+        if len(shapes) != 1:  # different ones could broadcast to any size
+            raise ValueError(f"Expected a base and threshold of one shape, got {sorted(shapes)}.")
+        if not all(type(value) is bool for value in options.values()):
+            raise ValueError(f"Expected options that are true or false, got {options}.")
+        cls(base, threshold, **options, validate_args=True)
+        return cls(base, threshold, **options)
+
+    return build
+
+
 def _independent(base: Any, dims: int) -> Any:
     if type(dims) is not int or not 0 <= dims <= len(base.batch_shape):
         raise ValueError(f"Expected 0 to {len(base.batch_shape)} dims, got {dims}.")
@@ -108,6 +125,15 @@ def _register_all() -> None:
         register_savable(boundary, name=place + boundary.__name__)
     for method in (ISTA, FISTA):
         register_savable(method, name=f"pyro_sparse.solvers.{method.__name__}")
+    register_savable(
+        Unrolled,
+        name="pyro_sparse.solvers.Unrolled",
+        arguments=lambda solver: {
+            "learn_thresholds": solver.log_threshold is not None,
+            **listed("dictionary", "likelihood", "num_steps", "method")(solver),
+            **listed("threshold_decay", "lipschitz", "analysis", "synthesis")(solver),
+        },
+    )
     register_savable(
         Gaussian,
         name="pyro_sparse.likelihoods.Gaussian",
@@ -146,6 +172,17 @@ def _register_all() -> None:
             name=place + gated.__name__,
             arguments=listed("slab", "logits", *more),
             build=_gated(gated),
+        )
+    for thresholded, more in (
+        (SoftThresholded, ("one_sided",)),
+        (ShiftedThresholded, ("one_sided",)),
+        (HardThresholded, ()),
+    ):
+        register_savable(
+            thresholded,
+            name=place + thresholded.__name__,
+            arguments=listed("base", "threshold", *more),
+            build=_thresholded(thresholded),
         )
     register_savable(
         Rate,

@@ -6,28 +6,36 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_sparse.infer.integrand import is_gated, leaf
+
 
 def check_sites(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> None:
-    """Run both once and compare their latent sites: names, shapes and plates.
+    """Run both once and compare their latent sites: names, shapes, plates, and atoms at zero.
 
     Auxiliary and enumerated sites are left to Pyro.
 
     Raises:
-        ValueError: If they differ; lists the sites of both side by side.
+        ValueError: If they differ (lists the sites of both side by side), or a pair of laws cannot
+            be compared, as ``check_measures`` says.
     """
     with torch.no_grad(), torch.random.fork_rng():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     of_model, of_guide = _latent(model_trace), _latent(guide_trace)
-    if of_model is None or of_guide is None or of_model == of_guide:
+    if of_model is None or of_guide is None:
+        return
+    if of_model == of_guide:
+        for name in of_model:
+            check_measures(name, guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"])
         return
     names = sorted({*of_model, *of_guide})
     rows = [("site", "model", "guide")]
@@ -43,6 +51,35 @@ def check_sites(
         "Expected the latent sites of model and guide to have equal names, shapes and plates, got\n"
         f"{table}\nThe guide samples every unobserved site of the model, in the same plates."
     )
+
+
+def check_measures(name: str, law: Any, prior: Any) -> None:
+    """Refuse laws of guide and model of which only one has an atom at zero, where that cannot be.
+
+    A guide without an atom serves a model with one: its codes are never exactly zero.
+
+    Args:
+        name: Site.
+        law: Its distribution in the guide.
+        prior: Its distribution in the model.
+
+    Raises:
+        ValueError: If the guide's law has an atom that the prior lacks (their KL is infinite), or
+            the guide's is a point where the prior has one.
+    """
+    guide_law, model_law = type(leaf(law)).__name__, type(leaf(prior)).__name__
+    if is_gated(law) and not is_gated(prior):
+        raise ValueError(
+            f"Expected a prior with an atom at zero at site {name!r}, as the guide's {guide_law} "
+            f"has one, got {model_law}: their KL is infinite. Use SpikeAndSlab({model_law}(...), "
+            "probs) in the model."
+        )
+    if isinstance(leaf(law), dist.Delta) and is_gated(prior):
+        raise ValueError(
+            f"Expected a guide with a law at site {name!r}, got Delta against {model_law}: a point "
+            "and a density with an atom have no optimum that is independent of units. Use "
+            "guides.Thresholded, or a prior without an atom."
+        )
 
 
 def leaves(loss: Tensor) -> list[Tensor]:

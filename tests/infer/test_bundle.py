@@ -481,7 +481,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
     "an unknown class": (set_class("Evil"), "registered class, got 'Evil'.*register_savable"),
     "a function of the system": (set_class("os.system"), "got 'os.system'"),
     "a builtin": (set_class("builtins.eval"), "got 'builtins.eval'"),
-    "a torch class": (set_class("torch.nn.Linear"), "got 'torch.nn.Linear'"),
+    "a torch class": (set_class("torch.nn.Bilinear"), "got 'torch.nn.Bilinear'"),
     "a dunder": (set_class("__import__"), "got '__import__'"),
     "a class that is a list": (set_class(["Dense"]), "registered class"),
     "a class that is null": (set_class(None), "registered class"),
