@@ -1,5 +1,6 @@
 """Generative programs."""
 
+from pyro_sparse.models.deep import DeepSparseCoding
 from pyro_sparse.models.sparse_coding import SparseCoding
 
-__all__ = ["SparseCoding"]
+__all__ = ["DeepSparseCoding", "SparseCoding"]
