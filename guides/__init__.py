@@ -1,5 +1,27 @@
 """Variational programs."""
 
+from pyro_sparse.guides.encoders import Heads, PerDatum, UnrolledEncoder
+from pyro_sparse.guides.posteriors import (
+    DensePosterior,
+    GammaThresholdPosterior,
+    Posterior,
+    SpikeAndSlabPosterior,
+    ThresholdPosterior,
+)
+from pyro_sparse.guides.structured import StructuredThresholded
+from pyro_sparse.guides.thresholded import Thresholded
 from pyro_sparse.guides.unrolled import UnrolledFISTA
 
-__all__ = ["UnrolledFISTA"]
+__all__ = [
+    "DensePosterior",
+    "GammaThresholdPosterior",
+    "Heads",
+    "PerDatum",
+    "Posterior",
+    "SpikeAndSlabPosterior",
+    "StructuredThresholded",
+    "ThresholdPosterior",
+    "Thresholded",
+    "UnrolledEncoder",
+    "UnrolledFISTA",
+]

@@ -41,6 +41,7 @@ from pyro_sparse.distributions.rates import (
     register_rate_statistic,
 )
 from pyro_sparse.distributions.relaxed import RelaxedSpikeAndSlab
+from pyro_sparse.distributions.structured import Marginals, StructuredSpikeAndSlab
 from pyro_sparse.distributions.tails import Tails
 from pyro_sparse.distributions.thresholded import (
     HardThresholded,
@@ -55,6 +56,7 @@ __all__ = [
     "HardThresholded",
     "LaplaceOvershoot",
     "Law",
+    "Marginals",
     "Mixed",
     "Moments",
     "NormalOvershoot",
@@ -67,6 +69,7 @@ __all__ = [
     "ShiftedThresholded",
     "SoftThresholded",
     "SpikeAndSlab",
+    "StructuredSpikeAndSlab",
     "Tails",
     "Thresholded",
     "check_prior",

@@ -1,0 +1,180 @@
+"""Amortised posteriors whose codes depend on one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_sparse.distributions.structured import StructuredSpikeAndSlab
+from pyro_sparse.infer.bundle import register_savable
+from pyro_sparse.infer.store import claim_names
+from pyro_sparse.likelihoods import check_data
+from pyro_sparse.ops import check_tensor
+
+NAMES = ("loc", "log_scale", "logits")
+
+
+class Couplings(nn.Module):
+    """Learned matrix of how much each code takes off the later ones, zero elsewhere.
+
+    Args:
+        init: Starting values, shape ``(atoms, atoms)``.
+    """
+
+    def __init__(self, init: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(init.detach().tril(-1).clone())
+
+    def forward(self) -> Tensor:
+        """Shape ``(atoms, atoms)``."""
+        return self.weight.tril(-1)
+
+
+class StructuredThresholded(PyroModule):
+    r"""Posterior with dependent gates, for codes of correlated atoms.
+
+    .. math:: q(z_n \mid y_n) = \prod_k q(z_{nk} \mid z_{n,<k}, y_n)
+
+    the law ``distributions.StructuredSpikeAndSlab``: an encoder emits location, scale and log-odds
+    of every code, as for ``Thresholded``, and a matrix of couplings, learned and shared by all
+    data, lets the value of each code take back what it explains from the later ones. Drawing takes
+    as many steps as there are atoms; use it where atoms are correlated and their number moderate,
+    and ``Thresholded`` elsewhere.
+
+    What the encoder emits are the parameters of that law: ``"loc"`` holds when the codes before are
+    zero, and ``"logits"`` where nothing is left to explain. An encoder may emit a fourth tensor,
+    ``"codes"``, to say that its numbers are those of independent codes, each given all others at
+    these values, as ``Thresholded`` takes them; the guide then adds back what the codes before
+    had taken off, and takes off the evidence that the law counts itself:
+
+    .. math:: \mu_k = \mathtt{loc}_k + \sum_{j<k} C_{kj}\, \mathtt{codes}_j, \qquad
+        \ell_k = \mathtt{logits}_k - \mathtt{loc}_k^2 / 2 s_k^2
+
+    Site: ``"codes"``, event shape ``(atoms,)``, in the plate ``"data"`` of dim -1.
+
+    Args:
+        encoder: A module that maps ``(y, mask)`` to a dict with ``"loc"``, ``"log_scale"`` and
+            ``"logits"``, and ``"codes"`` or not, each of shape ``(n, atoms)``: ``Heads`` of a
+            network, or one's own.
+        couplings: Starting values, shape ``(atoms, atoms)``, read below the diagonal: the Gram
+            matrix ``atoms @ atoms.T`` of unit-norm atoms, which is near the optimum for Gaussian
+            noise that is small next to the slab; or zeros.
+        rest: A guide of the model's other latent sites, called first with the same arguments.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If ``couplings`` is not square, or ``encoder`` states ``names`` and lacks one.
+
+    Example:
+        >>> from pyro_sparse.guides import Heads
+        >>> atoms = torch.nn.functional.normalize(torch.randn(8, 5), dim=1)
+        >>> encoder = Heads(nn.Sequential(nn.Linear(5, 16), nn.ReLU()), 16, code_shape=8)
+        >>> guide = StructuredThresholded(encoder, couplings=atoms @ atoms.T)
+        >>> guide.posterior(torch.randn(3, 5)).marginals(100).prob_active.shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        couplings: Tensor,
+        *,
+        rest: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"Expected encoder to be a module, got {type(encoder).__name__}.")
+        check_tensor("couplings", couplings)
+        if couplings.dim() != 2 or couplings.shape[0] != couplings.shape[1]:
+            raise ValueError(
+                f"Expected couplings of shape (atoms, atoms), got {tuple(couplings.shape)}. "
+                "Try atoms @ atoms.T, or torch.zeros(num_atoms, num_atoms)."
+            )
+        if rest is not None and not callable(rest):
+            raise TypeError(f"Expected rest to be a guide of the other sites, got {rest!r}.")
+        _check_names(getattr(encoder, "names", NAMES))
+        self.encoder = encoder
+        self.couplings = Couplings(couplings)
+        self.rest = rest
+
+    def forward(self, y: Tensor, num_data: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """Run the guide.
+
+        Args:
+            y: Minibatch of data, shape ``(n, *signal_shape)``.
+            num_data: Size of the whole data set; by default ``n``.
+            mask: True where a sample was observed, broadcastable to ``y``.
+
+        Returns:
+            Codes, shape ``(n, atoms)``.
+        """
+        claim_names(self)
+        if self.rest is not None:
+            self.rest(y, num_data, **({} if mask is None else {"mask": mask}))
+        law = self._law(y, mask, num_data)
+        index = torch.arange(len(y), device=y.device)
+        with pyro.plate("data", num_data or len(y), subsample=index):
+            return pyro.sample("codes", law)
+
+    def posterior(self, y: Tensor, mask: Tensor | None = None) -> StructuredSpikeAndSlab:
+        """Law of the codes of a batch, batch shape ``(n,)``, event shape ``(atoms,)``.
+
+        Which codes are active, and with what probability, is ``.marginals(num_samples)``, by Monte
+        Carlo; ``.given(codes)`` is the law of each code given those before it.
+
+        Raises:
+            TypeError: If ``y`` is not a floating tensor of the parameters' dtype.
+            RuntimeError: If it is on another device.
+            ValueError: If a parameter is missing, or has another shape than ``(n, atoms)``.
+        """
+        return self._law(y, mask)
+
+    def _law(
+        self, y: Tensor, mask: Tensor | None, num_data: int | None = None
+    ) -> StructuredSpikeAndSlab:
+        couplings = self.couplings()
+        dims = y.dim() - 1 if isinstance(y, Tensor) else 1
+        y, mask = check_data(y, mask, num_data, max(dims, 1), couplings)
+        emitted = self.encoder(y, mask)
+        if not isinstance(emitted, dict):
+            raise TypeError(
+                "Expected the encoder to return a dict from parameter name to tensor, got "
+                f"{type(emitted).__name__}. Heads(network, ...) makes one of a network."
+            )
+        _check_names(emitted)
+        shapes = {name: tuple(emitted[name].shape) for name in (*NAMES, "codes") if name in emitted}
+        if set(shapes.values()) != {(len(y), len(couplings))}:
+            raise ValueError(
+                f"Expected parameters of shape (n, atoms) = {(len(y), len(couplings))}, got "
+                f"{shapes}. Codes with positions need guides.Thresholded."
+            )
+        loc, scale, logits = emitted["loc"], emitted["log_scale"].exp(), emitted["logits"]
+        if "codes" in emitted:
+            logits = logits - (loc / scale).square() / 2
+            loc = loc + emitted["codes"] @ couplings.mT
+        return StructuredSpikeAndSlab(logits, loc, scale, couplings)
+
+
+def _check_names(emitted: Any) -> None:
+    missing = [name for name in NAMES if name not in emitted]
+    if missing:
+        raise ValueError(
+            f"Expected the encoder to emit {list(NAMES)}, but {missing} are missing: it emits "
+            f"{sorted(emitted)}."
+        )
+
+
+register_savable(
+    StructuredThresholded,
+    name="pyro_sparse.guides.StructuredThresholded",
+    arguments=lambda guide: {
+        "encoder": guide.encoder,
+        "couplings": guide.couplings.weight.detach(),
+        "rest": guide.rest,
+    },
+)

@@ -1,0 +1,249 @@
+"""Amortised posteriors with exact zeros."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from pyro_sparse.guides.encoders import PerDatum
+from pyro_sparse.guides.posteriors import SpikeAndSlabPosterior
+from pyro_sparse.infer.bundle import register_savable
+from pyro_sparse.infer.elbo import SparseELBO
+from pyro_sparse.infer.numbers import check_whole
+from pyro_sparse.infer.phases import Optimizer
+from pyro_sparse.infer.programs import kept
+from pyro_sparse.infer.store import claim_names
+from pyro_sparse.likelihoods import check_data
+
+_adam = partial(torch.optim.Adam, lr=0.1)
+
+
+class Thresholded(PyroModule):
+    r"""Posterior of the codes with an atom at zero, its parameters emitted by an encoder.
+
+    .. math:: q(z_n \mid y_n) = \prod_k \big[(1 - g_{nk})\, \delta_0(z_{nk}) + g_{nk}\,
+        s(z_{nk}; \mu_{nk}, b_{nk})\big]
+
+    Which codes are active, and with what probability, is read off ``posterior(y).prob_active``.
+    Train it with ``infer.SparseELBO``.
+
+    Site: ``"codes"``, event shape ``(atoms, *positions)``, in the plate ``"data"`` of dim -1; a
+    posterior with a sampled threshold adds ``"threshold"``.
+
+    Args:
+        encoder: A module that maps ``(y, mask)`` to a dict of unconstrained parameters, each of
+            shape ``(n, atoms, *positions)``: ``Heads`` of a network, an ``UnrolledEncoder``, or
+            one's own.
+        family: Makes a law of them; default ``SpikeAndSlabPosterior()`` with a normal slab. For
+            dense baselines ``DensePosterior``, for the published laws ``ThresholdPosterior`` and
+            ``GammaThresholdPosterior``; for the Concrete one train a ``SpikeAndSlabPosterior`` with
+            ``SparseELBO(Concrete())``.
+        rest: A guide of the model's other latent sites (``"rate"``, ``"dictionary"``), such as an
+            ``AutoNormal`` of them, called first with the same arguments.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If ``encoder`` states ``names`` and lacks one that ``family`` asks for.
+
+    References:
+        Fallah & Rozell (2022), ICML, PMLR 162:6034-6058; here with exact KLs and free inclusion.
+
+    Example:
+        >>> from pyro_sparse.guides import Heads
+        >>> encoder = Heads(nn.Sequential(nn.Linear(5, 16), nn.ReLU()), 16, code_shape=8)
+        >>> guide = Thresholded(encoder)
+        >>> guide.posterior(torch.randn(3, 5)).prob_active.shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        family: Callable[[dict[str, Tensor]], Any] | None = None,
+        *,
+        rest: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        family = SpikeAndSlabPosterior() if family is None else family
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"Expected encoder to be a module, got {type(encoder).__name__}.")
+        if not callable(family) or not hasattr(family, "names") or isinstance(family, type):
+            raise TypeError(
+                "Expected family to be a posterior with names and a call, such as "
+                f"SpikeAndSlabPosterior(), got {family!r}."
+            )
+        if rest is not None and not callable(rest):
+            raise TypeError(
+                "Expected rest to be a guide of the other sites, such as an AutoNormal, got "
+                f"{type(rest).__name__}."
+            )
+        emitted = getattr(encoder, "names", None)
+        if emitted is not None:
+            _check_names(emitted, family.names)
+        self.encoder = encoder
+        self.family = family
+        self.rest = rest
+
+    def forward(self, y: Tensor, num_data: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """Run the guide.
+
+        Args:
+            y: Minibatch of data, shape ``(n, *signal_shape)``.
+            num_data: Size of the whole data set; by default ``n``.
+            mask: True where a sample was observed, broadcastable to ``y``.
+
+        Returns:
+            Codes, shape ``(n, atoms, *positions)``.
+        """
+        claim_names(self)
+        if self.rest is not None:
+            self.rest(y, num_data, **({} if mask is None else {"mask": mask}))
+        parameters = self.parameters_of(y, mask, num_data=num_data)
+        return _sample(self.family, parameters, len(y), num_data)
+
+    def posterior(self, y: Tensor, mask: Tensor | None = None) -> Any:
+        """Law of the codes of a batch, elementwise, batch shape ``(n, atoms, *positions)``.
+
+        Its ``prob_active``, ``mean``, ``variance`` and ``slab`` (the law given that a code is
+        active) are closed forms. Where the threshold is sampled, that given one draw of it.
+        """
+        with pyro.poutine.block():
+            return self.family(self.parameters_of(y, mask))
+
+    def parameters_of(
+        self, y: Tensor, mask: Tensor | None = None, *, num_data: int | None = None
+    ) -> dict[str, Tensor]:
+        """What the encoder emits for a batch, by name, each ``(n, atoms, *positions)``.
+
+        Raises:
+            TypeError: If ``y`` is not a floating tensor of the parameters' dtype.
+            RuntimeError: If it is on another device.
+            ValueError: If a parameter of the family is missing, or has another shape.
+        """
+        like = next((p for p in self.encoder.parameters() if p.is_floating_point()), None)
+        dims = y.dim() - 1 if isinstance(y, Tensor) else 1
+        y, mask = check_data(y, mask, num_data, max(dims, 1), like)
+        parameters = self.encoder(y, mask)
+        if not isinstance(parameters, dict):
+            raise TypeError(
+                "Expected the encoder to return a dict from parameter name to tensor, got "
+                f"{type(parameters).__name__}. Heads(network, ...) makes one of a network."
+            )
+        _check_names(parameters, self.family.names)
+        for name in self.family.names:
+            if not isinstance(parameters[name], Tensor):
+                raise TypeError(
+                    f"Expected {name!r} to be a tensor, got {type(parameters[name]).__name__}."
+                )
+        shapes = {name: tuple(parameters[name].shape) for name in self.family.names}
+        shape = next(iter(shapes.values()))
+        if len(set(shapes.values())) != 1 or len(shape) < 2 or shape[0] != len(y):
+            raise ValueError(
+                f"Expected parameters of one shape (n={len(y)}, atoms, *positions), got {shapes}."
+            )
+        return parameters
+
+    def refine(
+        self,
+        model: Callable[..., Any],
+        y: Tensor,
+        *,
+        mask: Tensor | None = None,
+        num_steps: int = 200,
+        loss: ELBO | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> Thresholded:
+        """Posterior of each datum for itself, starting from what the encoder emits.
+
+        The semi-amortised posterior: by how much it raises the bound is the amortisation gap.
+        Parameters, buffers and Pyro's parameter store stay as they are; torch's random state goes
+        on where the objective draws. The encoder runs once and the model at every step in the mode
+        they are in: call ``eval()`` where they hold batch normalisation or dropout.
+
+        Args:
+            model: Generative program, held still.
+            y: Data, shape ``(n, *signal_shape)``.
+            mask: True where a sample was observed.
+            num_steps: Steps of the optimiser, ``>= 1``.
+            loss: Objective; default ``SparseELBO()``.
+            optimizer: Makes an optimiser of the parameters; default Adam with a learning rate of
+                0.1, which in the last quarter falls to zero.
+
+        Returns:
+            A guide of these data alone, in this order, whose encoder is a ``PerDatum``; with the
+            same sites and copies of ``family`` and ``rest``, whose parameters did not move.
+
+        Raises:
+            TypeError: If ``loss`` has no gradient of its own (is none of Pyro's ELBOs).
+
+        References:
+            Kim et al. (2018), ICML, PMLR 80:2678-2687.
+        """
+        check_whole("num_steps", num_steps, 1)
+        objective = SparseELBO() if loss is None else loss
+        if not hasattr(objective, "differentiable_loss"):
+            raise TypeError(
+                "Expected loss to be an ELBO, such as SparseELBO(LeaveOneOut()), got "
+                f"{type(objective).__name__}."
+            )
+        given = {} if mask is None else {"mask": mask}
+        store = pyro.get_param_store()
+        programs = [part for part in (self, model) if isinstance(part, nn.Module)]
+        with kept(nn.ModuleList(programs)), store.scope(store.get_state()):
+            with torch.no_grad():
+                emitted = self.parameters_of(y, mask)
+            table = PerDatum({name: emitted[name] for name in self.family.names})
+            # A copy of the whole, since Pyro lets no part that has run stand in another guide; an
+            # autoguide in it still knows the model itself.
+            refined = copy.deepcopy(self, {id(self.encoder): table, id(model): model})
+            moved = list(table.parameters())
+
+            def closure() -> Any:  # torch says float
+                chosen.zero_grad()
+                value = objective.differentiable_loss(model, refined, y, **given)
+                value.backward(inputs=moved)
+                return value
+
+            chosen = (_adam if optimizer is None else optimizer)(moved)
+            schedule = LambdaLR(
+                chosen, lambda step: 1.0 if optimizer else min(1.0, 4 - 4 * step / num_steps)
+            )
+            for _ in range(num_steps):
+                chosen.step(closure)
+                schedule.step()
+            chosen.zero_grad()
+        return refined
+
+
+def _sample(
+    family: Callable[[dict[str, Tensor]], Any],
+    parameters: dict[str, Tensor],
+    size: int,
+    num_data: int | None,
+) -> Tensor:
+    like = next(iter(parameters.values()))
+    index = torch.arange(size, device=like.device)
+    with pyro.plate("data", num_data or size, subsample=index):
+        law = family(parameters)
+        return pyro.sample("codes", law.to_event(like.dim() - 1))
+
+
+def _check_names(emitted: Any, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in emitted]
+    if missing:
+        raise ValueError(
+            f"Expected the encoder to emit {list(names)}, but {missing} are missing: it emits "
+            f"{sorted(emitted)}. Heads takes names=family.names."
+        )
+
+
+register_savable(Thresholded, name="pyro_sparse.guides.Thresholded")
