@@ -26,7 +26,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_sparse.distributions.mixed import Mixed
 from pyro_sparse.distributions.relaxed import RelaxedSpikeAndSlab
-from pyro_sparse.distributions.slabs import is_two_sided, probability
+from pyro_sparse.distributions.slabs import has_gap, is_two_sided, probability
 
 # Elementwise laws known to have no atom. Of any other type nothing is known, and torch says that no
 # divergence is registered.
@@ -97,7 +97,7 @@ def kl_slabs(q: Any, p: Any) -> Tensor:
         ValueError: If ``q`` is two-sided and ``p`` one-sided.
         NotImplementedError: If none is registered for their types.
     """
-    if is_two_sided(q) and not is_two_sided(p):
+    if (is_two_sided(q) or has_gap(q)) and not (is_two_sided(p) or has_gap(p)):
         raise ValueError(
             f"Expected slabs of one support, got a two-sided {type(q).__name__} against a "
             f"{type(p).__name__} with support {p.support}: the divergence is infinite. Use a "

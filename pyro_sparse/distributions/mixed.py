@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid, softplus
 from pyro_sparse.distributions.slabs import (
     cdf,
     check_slab,
+    has_gap,
     inner_value,
     log_mills_ratio,
     probability,
@@ -170,6 +171,31 @@ class Mixed(TorchDistribution):
         with torch.no_grad():
             rate = (log_mills_ratio(self.slab, codes) + logsigmoid(-self.logits)).exp()
             return torch.where(codes > 0, rate, -rate)
+
+    def log_prob_gates(self, active: Tensor, codes: Tensor) -> Tensor:
+        """Log-probability of all that was drawn discretely, whose gradient is a score.
+
+        Of the gates; and of the side that an active code is on, where the slab has a gap that no
+        pathwise draw crosses. With a draw of ``rsample_slab`` it makes an unbiased gradient.
+
+        Args:
+            active: Gates, as ``sample_active`` draws them.
+            codes: The codes, or the draws of the slab; taken as constants, read where active.
+
+        Returns:
+            Nats; shape of ``active``.
+
+        Example:
+            >>> import pyro.distributions as dist
+            >>> law = SpikeAndSlab(dist.Laplace(0.0, 1.0), probs=0.25)
+            >>> law.log_prob_gates(torch.tensor([True, False]), torch.tensor([0.3, 0.0])).exp()
+            tensor([0.2500, 0.7500])
+        """
+        value = -softplus(torch.where(active, -self.logits, self.logits))
+        if not has_gap(self.slab):
+            return value
+        side = self.slab.log_prob_side(codes.detach())
+        return value + torch.where(active, side, torch.zeros_like(side))
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of a code of at most ``value``; jumps at zero by the atom."""

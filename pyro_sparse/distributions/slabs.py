@@ -52,8 +52,18 @@ def probability(logits: Tensor) -> Tensor:
 
 
 def is_two_sided(law: Distribution) -> bool:
-    """Whether a law has values on both sides of zero, as far as its support says."""
+    """Whether the values of a law are all real numbers, as far as its support says."""
     return law.support is constraints.real
+
+
+def has_gap(law: Distribution) -> bool:
+    """Whether a law says that an interval parts its values into two sides.
+
+    Example:
+        >>> has_gap(dist.Laplace(0.0, 1.0))
+        False
+    """
+    return bool(getattr(law, "has_gap", False))
 
 
 def reaches_zero(law: Distribution) -> bool:

@@ -12,8 +12,20 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_sparse.distributions.overshoots import LaplaceOvershoot, NormalOvershoot, Overshoot
-from pyro_sparse.distributions.slabs import cdf, log_cdf, log_survival, quantile
+from pyro_sparse.distributions.memory import remembered
+from pyro_sparse.distributions.overshoots import (
+    LaplaceOvershoot,
+    NormalOvershoot,
+    Overshoot,
+    still,
+)
+from pyro_sparse.distributions.slabs import (
+    cdf,
+    log_cdf,
+    log_mills_ratio,
+    log_survival,
+    quantile,
+)
 
 
 class Outside(constraints.Constraint):
@@ -56,7 +68,8 @@ class Tails(TorchDistribution):
 
     Args:
         above: Overshoot of the upper tail.
-        below: Overshoot of the lower one, of the same base; left out for a one-sided law.
+        below: Overshoot of the lower one, of the same base; left out for a one-sided law. The same
+            object as ``above`` for a symmetric law, of which only one side is evaluated.
         upper: Where the upper tail starts, in code units.
         lower: Where the lower one starts, at most ``upper``; by default they meet.
 
@@ -94,7 +107,9 @@ class Tails(TorchDistribution):
         self.has_gap = lower is not upper
         self.has_rsample = not self.has_gap
         self.above = above.expand(shape)
-        self.below = None if below is None else below.expand(shape)
+        self.below = self.above if below is above else None
+        if below is not None and below is not above:
+            self.below = below.expand(shape)
         self.upper = upper.expand(shape)
         self.lower = lower.expand(shape) if self.has_gap else self.upper
         super().__init__(shape, validate_args=validate_args)
@@ -112,8 +127,8 @@ class Tails(TorchDistribution):
         """The same law with another batch shape."""
         batch_shape = torch.Size(batch_shape)
         new = Tails(
-            self.above.expand(batch_shape),
-            None if self.below is None else self.below.expand(batch_shape),
+            above := self.above.expand(batch_shape),
+            self._below(above, batch_shape),
             upper=self.upper.expand(batch_shape),
             lower=self.lower.expand(batch_shape) if self.has_gap else None,
             validate_args=False,
@@ -121,12 +136,24 @@ class Tails(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
+    def _below(self, above: Overshoot, batch_shape: torch.Size) -> Overshoot | None:
+        if self.below is None or self.below is self.above:
+            return None if self.below is None else above
+        return self.below.expand(batch_shape)
+
     @property
     def log_weights(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the upper and of the lower tail."""
         if self.below is None:
             zero = torch.zeros_like(self.upper)
             return zero, zero - math.inf
+        if self.below is self.above:
+            half = torch.full_like(self.upper, -math.log(2))
+            return half, half
+        return remembered(self, "_weights_of", (self.above, self.below), self._weigh)
+
+    def _weigh(self) -> tuple[Tensor, Tensor]:
+        assert self.below is not None
         odds = self.above.log_odds(self.below)
         return logsigmoid(odds), logsigmoid(-odds)
 
@@ -142,27 +169,40 @@ class Tails(TorchDistribution):
         """Log-density; shape of ``value`` and batch shape."""
         if self._validate_args:
             self._validate_sample(value)
-        up, down = value >= self.upper, value <= self.lower
+        up, distance, side, weight = self._side_of(value)
+        density = weight + side.log_prob(distance.clamp(min=0))
+        if self.below is not None and not self.has_gap:
+            return density
+        return torch.where(distance < 0, -math.inf, density)
+
+    def _side_of(self, value: Tensor) -> tuple[Tensor, Tensor, Overshoot, Tensor]:
+        # Whether a value is of the upper tail; how far it is from the edge, negative where it is
+        # of none; the overshoot; and the log-weight of its tail.
+        up = value >= self.upper
         above, below = self.log_weights
-        density = above + self.above.log_prob((value - self.upper).clamp(min=0))
-        outside = torch.full_like(density, -math.inf)
-        other = outside
-        if self.below is not None:
-            other = below + self.below.log_prob((self.lower - value).clamp(min=0))
-            other = torch.where(down, other, outside)
-        return torch.where(up, density, other)
+        if self.below is None:
+            return up, value - self.upper, self.above, above
+        distance = (value - self.upper).abs()
+        if self.has_gap:
+            distance = torch.where(up, value - self.upper, self.lower - value)
+        if self.below is self.above:
+            return up, distance, self.above, above
+        return up, distance, self.above.where(up, self.below), torch.where(up, above, below)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw codes, detached; shape ``sample_shape + batch_shape``."""
         with torch.no_grad():
-            value = self.upper + self.above.sample(sample_shape)
             if self.below is None:
-                return value
-            other = self.lower - self.below.sample(sample_shape)
+                return self.upper + self.above.sample(sample_shape)
             # In float64, as the gate of a mixed law: float32 has no event rarer than 6e-8.
             above = self.log_weights[0].double().exp()
-            noise = torch.rand(value.shape, dtype=above.dtype, device=value.device)
-            return torch.where(noise < above, value, other)
+            shape = self._extended_shape(torch.Size(sample_shape))
+            up = torch.rand(shape, dtype=above.dtype, device=above.device) < above
+            if self.below is self.above:
+                distance = self.above.sample(sample_shape)
+            else:
+                distance = self.above.where(up, self.below).sample()
+            return torch.where(up, self.upper + distance, self.lower - distance)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw codes with the gradient at a fixed quantile; shape ``sample_shape + batch_shape``.
@@ -185,22 +225,17 @@ class Tails(TorchDistribution):
         return self._follow(self.sample(sample_shape), given_side=True)
 
     def _follow(self, value: Tensor, given_side: bool = False) -> Tensor:
-        # dz / dtheta = +-(dS / dtheta) / density, S the mass further out on the side of z.
-        up = value >= self.upper
-        above, below = self.log_weights
-        outer = self.above.log_survival((value - self.upper).clamp(min=0))
-        outer = outer if given_side else outer + above
-        if self.below is not None:
-            other = self.below.log_survival((self.lower - value).clamp(min=0))
-            outer = torch.where(up, outer, other if given_side else other + below)
-        if not outer.requires_grad:
-            return value
-        with torch.no_grad():
-            log_density = self.log_prob(value)
-            if given_side:
-                log_density = log_density - self.log_prob_side(value)
-            rate = torch.where(up, 1.0, -1.0).to(outer) * (outer - log_density).exp()
-        return value + rate * (outer - outer.detach())
+        # The edge moves, the draw moves within its tail, and mass moves from tail to tail.
+        up, distance, side, weight = self._side_of(value)
+        outwards = side.drift(distance.detach().clamp(min=0))
+        if weight.requires_grad and not given_side:
+            with torch.no_grad():
+                rate = side.log_mills(distance.clamp(min=0))[1].exp()
+            outwards = outwards + rate * still(weight)
+        edge = still(self.upper)
+        if self.has_gap:
+            edge = torch.where(up, edge, still(self.lower))
+        return value + edge + outwards * (2.0 * up - 1)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of at most ``value``."""
@@ -236,6 +271,8 @@ class Tails(TorchDistribution):
         upper = self.upper + self.above.mean
         if self.below is None:
             return upper
+        if self.below is self.above:
+            return (self.upper + self.lower) / 2 if self.has_gap else self.upper
         above, below = (weight.exp() for weight in self.log_weights)
         return above * upper + below * (self.lower - self.below.mean)
 
@@ -253,6 +290,8 @@ class Tails(TorchDistribution):
         """Entropy in nats."""
         if self.below is None:
             return self.above.entropy()
+        if self.below is self.above:
+            return self.above.entropy() + math.log(2)
         above, below = self.log_weights
         upper = above.exp() * (self.above.entropy() - above)
         return upper + below.exp() * (self.below.entropy() - below)
@@ -286,6 +325,17 @@ def _(law: Tails, value: Tensor) -> Tensor:
     return torch.where(value > law.upper, up, outer)
 
 
+@log_mills_ratio.register(Tails)
+def _(law: Tails, value: Tensor) -> Tensor:
+    up, distance, side, weight = law._side_of(value)
+    distance = distance.clamp(min=0)
+    outer, mills = side.log_mills(distance)
+    # From zero to the edge of a tail on the other side of it: all but what lies beyond.
+    crossed = up != (value > 0)
+    rest = (-weight - outer).clamp(min=torch.finfo(outer.dtype).tiny)
+    return mills + torch.where(crossed, rest + (-(-rest).expm1()).log(), 0.0)
+
+
 @cdf.register(Tails)
 def _(law: Tails, value: Tensor) -> Tensor:
     return law.cdf(value)
@@ -296,14 +346,13 @@ def _(law: Tails, lower: Tensor, upper: Tensor) -> Tensor:
     with torch.no_grad():
         above, below = (weight.exp() for weight in law.log_weights)
         up = lower >= below
+        mass = torch.where(up, above, below)
         tiny = torch.finfo(above.dtype).tiny
-        outer = torch.where(up, upper / above, 0.5).clamp(tiny, 1)
-        inner = torch.where(up, (lower - below) / above, 0.5).clamp(tiny, 1)
-        code = law.upper + law.above.quantile(outer, inner)
-        if law.below is not None:
-            outer = torch.where(up, 0.5, lower / below).clamp(tiny, 1)
-            inner = torch.where(up, 0.5, (below - lower) / below).clamp(tiny, 1)
-            code = torch.where(up, code, law.lower - law.below.quantile(outer, inner))
+        outer = (torch.where(up, upper, lower) / mass).clamp(tiny, 1)
+        inner = (torch.where(up, lower, upper) - torch.where(up, below, above)) / mass
+        side = law.above if law.below is None else law.above.where(up, law.below)
+        distance = side.quantile(outer, inner.clamp(tiny, 1))
+        code = torch.where(up, law.upper + distance, law.lower - distance)
         rate = (-law.log_prob(code)).exp() if lower.requires_grad else 0.0
     return law._follow(code, given_side=law.has_gap) + rate * (lower - lower.detach())
 

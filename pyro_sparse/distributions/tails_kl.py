@@ -42,8 +42,16 @@ def _kl_as_tails(q: Any, p: Any) -> Tensor:
     return _kl_tails(as_tails(q), as_tails(p))
 
 
+@register_kl(Tails, Normal)
+def _kl_tails_normal(q: Tails, p: Normal) -> Tensor:
+    # The square of p has no kink at an edge: mean and variance of q are all that it takes.
+    square = (q.variance + (q.mean - p.loc).square()) / (2 * p.scale.square())
+    return square + p.scale.log() + math.log(2 * math.pi) / 2 - q.entropy()
+
+
+register_kl(Tails, Laplace)(_kl_as_tails)
+register_kl(Tails, Exponential)(_kl_as_tails)
 for _law in (Normal, Laplace, Exponential):
-    register_kl(Tails, _law)(_kl_as_tails)
     register_kl(_law, Tails)(_kl_as_tails)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyro_sparse.distributions.memory import remembered
 from pyro_sparse.distributions.mixed import Mixed
 from pyro_sparse.distributions.overshoots import Overshoot, overshoot
 from pyro_sparse.distributions.slabs import reaches_zero
@@ -56,11 +57,29 @@ class Thresholded(Mixed):
         self.threshold = threshold.expand(shape)
         self.one_sided = one_sided
         super().__init__(shape, validate_args=validate_args)
+
+    @property
+    def slab(self) -> Any:
+        """Law of an active code."""
+        return self._derive()[0]
+
+    @property
+    def logits(self) -> Tensor:  # type: ignore[override]
+        """Log-odds that the base passes the threshold."""
+        return self._derive()[1]
+
+    def _derive(self) -> tuple[Any, Tensor]:
+        return remembered(self, "_derived", (self.base, self.threshold), self._make)
+
+    def _make(self) -> tuple[Any, Tensor]:
         centre = self._centre()
-        above = overshoot(self.base, centre - self.threshold)
-        below = None if one_sided else overshoot(self.base, -centre - self.threshold)
-        self.slab = self._make_slab(above, below)
-        self.logits = self._log_odds(above, below, centre)
+        if centre is None:
+            above = below = overshoot(self.base, -self.threshold)
+        else:
+            above = overshoot(self.base, centre - self.threshold)
+            below = overshoot(self.base, -centre - self.threshold)
+        sides = (above, None if self.one_sided else below)
+        return self._make_slab(*sides), self._log_odds(*sides, centre)
 
     @abstractmethod
     def apply_threshold(self, value: Tensor) -> Tensor:
@@ -71,17 +90,21 @@ class Thresholded(Mixed):
         """
 
     @abstractmethod
-    def _centre(self) -> Tensor:
-        """Location of what meets the threshold."""
+    def _centre(self) -> Tensor | None:
+        """Location of what meets the threshold; ``None`` for zero, with two sides alike."""
 
     @abstractmethod
     def _make_slab(self, above: Overshoot, below: Overshoot | None) -> Any:
         """Law of an active code from the overshoots of the two tails."""
 
-    def _log_odds(self, above: Overshoot, below: Overshoot | None, centre: Tensor) -> Tensor:
+    def _log_odds(self, above: Overshoot, below: Overshoot | None, centre: Tensor | None) -> Tensor:
         if below is None:
-            return above.log_mass - overshoot(self.base, self.threshold - centre).log_mass
-        active = torch.logaddexp(above.log_mass, below.log_mass)
+            inner = self.threshold if centre is None else self.threshold - centre
+            return above.log_mass - overshoot(self.base, inner).log_mass
+        if centre is None:
+            active, centre = above.log_mass + math.log(2), torch.zeros_like(self.threshold)
+        else:
+            active = torch.logaddexp(above.log_mass, below.log_mass)
         # At threshold zero nothing is missed; the stand-in keeps log 0 out of the gradient.
         some = self.threshold > 0
         width = torch.where(some, self.threshold, 1.0)
@@ -95,8 +118,8 @@ class Thresholded(Mixed):
         new.base = self.base.expand(batch_shape)
         new.threshold = self.threshold.expand(batch_shape)
         new.one_sided = self.one_sided
-        new.slab = self.slab.expand(batch_shape)
-        new.logits = self.logits.expand(batch_shape)
+        slab, logits = self.slab.expand(batch_shape), self.logits.expand(batch_shape)
+        remembered(new, "_derived", (new.base, new.threshold), lambda: (slab, logits))
         super(Thresholded, new).__init__(batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -228,8 +251,8 @@ class ShiftedThresholded(Thresholded):
         excess = shrink(value - self.base.loc, self.threshold)
         return torch.where(excess == 0, torch.zeros_like(excess), self.base.loc + excess)
 
-    def _centre(self) -> Tensor:
-        return torch.zeros_like(self.base.loc)
+    def _centre(self) -> None:
+        return None
 
     def _make_slab(self, above: Overshoot, below: Overshoot | None) -> Any:
         return shifted_slab(self.base, above, below)
@@ -242,8 +265,8 @@ class HardThresholded(Thresholded):
 
     An active code is not moved, and none lies between zero and the threshold. So the draw jumps,
     and ``rsample`` does not exist. ``rsample_slab`` follows a code within its own tail, positive or
-    negative; where the other tail has some weight, an unbiased gradient also needs the score of
-    ``slab.log_prob_side``.
+    negative; an unbiased gradient also needs the score of ``log_prob_gates``, which counts the
+    gate and the tail.
 
     Args:
         base: ``Normal`` or ``Laplace``, or a law registered with ``overshoot``.

@@ -8,8 +8,15 @@ import pytest
 import torch
 from scipy import integrate, special, stats
 
+import pyro_sparse.distributions
 from pyro_sparse.distributions.overshoots import LaplaceOvershoot, NormalOvershoot, overshoot
-from pyro_sparse.distributions.slabs import cdf, log_cdf, log_survival, quantile
+from pyro_sparse.distributions.slabs import (
+    cdf,
+    log_cdf,
+    log_mills_ratio,
+    log_survival,
+    quantile,
+)
 from pyro_sparse.distributions.tails import Outside, Tails, as_tails
 
 FAMILIES = {"Normal": (NormalOvershoot, stats.norm), "Laplace": (LaplaceOvershoot, stats.laplace)}
@@ -103,6 +110,17 @@ def test_the_distribution_function_is_the_integral_of_the_density(pair):
     np.testing.assert_allclose(log_cdf(law, torch.from_numpy(z)).exp(), expected, atol=1e-10)
     rest = log_survival(law, torch.from_numpy(z)).exp()
     np.testing.assert_allclose(rest, 1 - np.array(expected), atol=1e-10)
+
+
+def test_the_mills_ratio_is_the_mass_beyond_over_the_density(pair):
+    law, reference = pair
+    z = points(reference)
+    below = [reference.expect(lambda _: 1.0, high=value) for value in z]
+    mass = np.where(z > 0, 1 - np.array(below), below)
+    expected = mass / [reference.pdf(value) for value in z]
+    found = log_mills_ratio(law, torch.from_numpy(z)).exp()
+    # The mass of the far points is small beside the error of quadrature.
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_quantiles_invert_the_distribution_function(pair):
@@ -307,14 +325,31 @@ def test_float32_samples_of_far_tails_are_right(distance):
     assert stats.kstest(draws, below).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("distance", [0.5, 2.0, 4.999, 5.001, 6.0, 8.0, 20.0, 1e3, 1e6])
+def test_quantiles_of_far_tails_are_right(distance, dtype):
+    outer = torch.tensor([1e-7, 1e-4, 0.01, 0.3, 0.7, 0.99, 0.9999], dtype=dtype)
+    side = NormalOvershoot(torch.tensor(-distance, dtype=dtype), torch.tensor(1.0, dtype=dtype))
+    x = side.quantile(outer, 1 - outer).double().numpy()
+    # In float64 erfcx holds the ratio of the two masses to rounding.
+    edge = side.loc.double().item() / -math.sqrt(2)
+    ratio = special.erfcx(edge + x / math.sqrt(2)) / special.erfcx(edge)
+    found = np.log(ratio) - x * x / 2 + side.loc.double().item() * x
+    expected = torch.where(outer < 0.5, outer.double().log(), (outer.double() - 1).log1p())
+    # In float32 a difference of logarithms is rounded by 1e-7, of a level of 1e-4 in one case.
+    rtol, atol = {torch.float32: (2e-6, 1e-6), torch.float64: (1e-12, 1e-14)}[dtype]
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("loc", FAR)
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_float32_agrees_with_float64(family, loc, scale):
     kind, _ = family
 
     def numbers(dtype):
-        loc_, scale_ = torch.tensor(loc * scale, dtype=dtype), torch.tensor(scale, dtype=dtype)
-        side, other = kind(loc_, scale_), kind(loc_ - scale_, scale_)
+        # From float32, so that both precisions get the same inputs.
+        loc_, scale_ = torch.tensor(loc * scale), torch.tensor(scale)
+        locs, scale_ = torch.stack([loc_, loc_ - scale_]).to(dtype), scale_.to(dtype)
+        side, other = (kind(loc_, scale_) for loc_ in locs)
         law = Tails(side, other)
         level = torch.tensor([0.01, 0.3, 0.7, 0.99], dtype=dtype)
         quantiles = quantile(law, level, 1 - level)
@@ -328,6 +363,26 @@ def test_float32_agrees_with_float64(family, loc, scale):
     # beyond the edge the weight of the other tail is as uncertain.
     atol = 2e-6 * max(loc, 1.0) if loc >= 0 else 1e-30
     torch.testing.assert_close(found, truth, rtol=5e-5, atol=atol)
+
+
+@pytest.mark.parametrize("loc", FAR)
+def test_gradients_of_draws_agree_with_float64(family, loc):
+    kind, _ = family
+
+    def numbers(dtype, apart):
+        loc_ = torch.tensor(loc, dtype=dtype, requires_grad=True)
+        scale = torch.tensor(1.0, dtype=dtype, requires_grad=True)
+        side = kind(loc_, scale)
+        law = Tails(side, kind(loc_ - apart, scale) if apart else side)
+        draws = law.icdf(torch.tensor([0.01, 0.3, 0.7, 0.99], dtype=dtype))
+        rows = [torch.autograd.grad(z, [loc_, scale], retain_graph=True) for z in draws]
+        return torch.tensor(rows).double()
+
+    for apart in (0.0, 1.0):
+        found, truth = numbers(torch.float32, apart), numbers(torch.float64, apart)
+        # The level is rounded as well, and beyond the edge the draw, by 6e-8 of its location.
+        atol = 1e-5 * max(loc, 0.0) + 1e-30
+        torch.testing.assert_close(found, truth, rtol=2e-4, atol=atol)
 
 
 @pytest.mark.parametrize("loc", FAR)
@@ -369,5 +424,23 @@ def test_plain_laws_are_tails(law):
 def test_other_laws_are_refused_by_name():
     with pytest.raises(NotImplementedError, match=r"Tails, got StudentT"):
         as_tails(dist.StudentT(3.0))
-    with pytest.raises(NotImplementedError, match=r"got StudentT. Register an Overshoot"):
+    with pytest.raises(NotImplementedError, match=r"got StudentT. Register an Overshoot") as caught:
         overshoot(dist.StudentT(3.0), torch.zeros(()))
+    assert "@pyro_sparse.distributions.overshoot.register(StudentT)" in str(caught.value)
+    assert pyro_sparse.distributions.overshoot.register is overshoot.register
+
+
+def test_two_sides_that_are_one_object_are_two_alike(family):
+    kind, _ = family
+    loc, scale = double([-1.0, 0.4]), double([0.5, 1.5])
+    for edges in ({"upper": 0.3}, {"upper": 1.0, "lower": -0.6}):
+        side = kind(loc, scale)
+        one = Tails(side, side, **edges).expand((3, 2))
+        two = Tails(kind(loc, scale), kind(loc, scale), **edges).expand((3, 2))
+        assert one.below is one.above and two.below is not two.above
+        z = two.icdf(double([[0.1], [0.6], [0.95]]).expand(3, 2))
+        for name in ("mean", "variance", "log_weights"):
+            torch.testing.assert_close(getattr(one, name), getattr(two, name))
+        torch.testing.assert_close(one.entropy(), two.entropy())
+        torch.testing.assert_close(one.log_prob(z), two.log_prob(z))
+        torch.testing.assert_close(one.cdf(z), two.cdf(z))

@@ -9,14 +9,15 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_sparse.distributions.mixed import Mixed
-from pyro_sparse.distributions.priors import match
+from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab
+from pyro_sparse.distributions.priors import check_prior, codes_prior, match, spread
 from pyro_sparse.distributions.tails import Tails
 from pyro_sparse.distributions.thresholded import (
     HardThresholded,
     ShiftedThresholded,
     SoftThresholded,
 )
+from pyro_sparse.infer import load, save
 
 BASES = {"Normal": (dist.Normal, stats.norm), "Laplace": (dist.Laplace, stats.laplace)}
 ONE_SIDED = {"one_sided": True}
@@ -219,6 +220,84 @@ def test_the_mean_shrinks_and_the_mean_given_active_does_not(base):
     assert (soft.mean.abs() < soft.slab.mean.abs()).all()
 
 
+# As a prior, moved and kept -----------------------------------------------------------------------
+
+
+def test_what_is_derived_moves_with_base_and_threshold(kind, base, device):
+    make, options, _ = KINDS[kind]
+    law = make(BASES[base][0](torch.tensor([0.1, -0.7]), 0.3), 0.7, **options)
+    before = law.logits, law.slab.mean, law.slab.variance, law.entropy()
+    like = torch.zeros(1, dtype=torch.float64, device=device)
+    moved = match(law, like)
+    # As if made of the moved parts, and not of numbers rounded before.
+    parts = BASES[base][0](law.base.loc.to(like), law.base.scale.to(like))
+    fresh = make(parts, law.threshold.to(like), **options)
+    z = fresh.sample((20,))
+    for name in ("logits", "mean", "variance", "prob_active", "threshold"):
+        assert torch.equal(getattr(moved, name), getattr(fresh, name)), name
+    assert torch.equal(moved.log_prob(z), fresh.log_prob(z))
+    assert torch.equal(moved.slab.entropy(), fresh.slab.entropy())
+    assert moved.base.loc.dtype == moved.sample().dtype == torch.float64
+    # The law itself is what it was.
+    after = law.logits, law.slab.mean, law.slab.variance, law.entropy()
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(before, after))
+    assert match(law, torch.zeros(1)) is law
+    # A second time, from a law whose parts were evaluated.
+    torch.testing.assert_close(match(moved, torch.zeros(1)).entropy(), law.entropy())
+
+
+def test_it_is_a_prior_of_codes(kind, base):
+    make, options, _ = KINDS[kind]
+    like = torch.zeros(1, dtype=torch.float64)
+    law = make(BASES[base][0](torch.zeros(3, 1), 0.5), 0.4, **options)
+    check_prior(law, has_rate=False)
+    wide = spread(law, (3, 5), like=like)
+    assert wide.event_shape == (3, 5)
+    draw = wide.sample()
+    torch.testing.assert_close(wide.log_prob(draw), match(law, like).log_prob(draw).sum())
+    per_rate = codes_prior(
+        lambda rate: make(BASES[base][0](0.0, 1 / rate), 0.4, **options),
+        torch.rand(7, 3) + 1,
+        (3, 5),
+        like=like,
+    )
+    assert per_rate.batch_shape == (7,) and per_rate.event_shape == (3, 5)
+    with pytest.raises(ValueError, match="prior of constants.*threshold"):
+        check_prior(make(law.base, torch.tensor(0.4, requires_grad=True)), has_rate=False)
+
+
+def test_a_bundle_brings_it_back(tmp_path, kind, base):
+    make, options, _ = KINDS[kind]
+    law = make(BASES[base][0](torch.randn(3), torch.rand(3) + 0.5), torch.rand(3), **options)
+    save(tmp_path / "run", prior=law)
+    back = load(tmp_path / "run")["prior"]
+    assert type(back) is type(law) and back.one_sided is law.one_sided
+    draw = law.sample((50,))
+    assert torch.equal(back.log_prob(draw), law.log_prob(draw))
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.nan])
+def test_a_bundle_of_no_law_is_refused(tmp_path, threshold):
+    base = dist.Normal(torch.zeros(2), torch.ones(2))
+    law = SoftThresholded(base, torch.full((2,), threshold), validate_args=False)
+    with pytest.raises(ValueError, match="SoftThresholded refuses its arguments.*threshold"):
+        save(tmp_path / "run", prior=law)
+
+
+def test_what_was_read_without_a_graph_gets_one(kind, base):
+    inputs = [double(value).requires_grad_() for value in (0.25, 0.35, 0.4)]
+    law = build(kind, base, inputs)
+    with torch.no_grad():
+        values = [law.logits, law.slab.mean, law.slab.variance, law.entropy()]
+    law.sample()
+    again = [law.logits, law.slab.mean, law.slab.variance, law.entropy()]
+    torch.testing.assert_close(again, values)
+    gradients = torch.autograd.grad(sum(again), inputs)
+    fresh = build(kind, base, inputs)
+    objective = fresh.logits + fresh.slab.mean + fresh.slab.variance + fresh.entropy()
+    torch.testing.assert_close(gradients, torch.autograd.grad(objective, inputs))
+
+
 # Errors -------------------------------------------------------------------------------------------
 
 
@@ -298,10 +377,32 @@ def test_the_slabs_draw_with_the_scores_of_gate_and_side_is_unbiased(kind, base)
     slab, active = law.rsample_slab(), law.sample_active()
     z = torch.where(active, slab, 0.0)
     objective = (1.3 * z).sin() + 0.3 * z.square()
-    score = torch.where(active, law.logits.sigmoid().log(), (-law.logits).sigmoid().log())
-    score = score + torch.where(active, law.slab.log_prob_side(slab.detach()), 0.0)
+    # Read at codes that follow the parameters: the method takes them as constants.
+    score = law.log_prob_gates(active, slab)
     surrogate = (objective + objective.detach() * score).sum()
     check_unbiased(kind, base, values, torch.autograd.grad(surrogate, inputs))
+
+
+def test_log_probabilities_of_gates_count_the_side_of_a_gap(base):
+    values = (0.25, 0.35, 0.3)
+    law, soft = build("hard", base, values), build("soft", base, values)
+    noise = BASES[base][1](loc=0.25, scale=0.35)
+    active, codes = torch.tensor([True, True, False]), double([0.5, -0.4, 0.0])
+    upper, lower = noise.sf(0.3), noise.cdf(-0.3)
+    expected = np.log([upper, lower, 1 - upper - lower])
+    np.testing.assert_allclose(law.log_prob_gates(active, codes), expected, rtol=1e-10)
+    expected = np.log([upper + lower, upper + lower, 1 - upper - lower])
+    np.testing.assert_allclose(soft.log_prob_gates(active, codes), expected, rtol=1e-10)
+
+
+def test_log_probabilities_of_gates_are_stable():
+    logits = torch.tensor([-200.0, 200.0, 200.0, -200.0], requires_grad=True)
+    law = SpikeAndSlab(dist.Normal(0.0, 1.0), logits=logits)
+    active = torch.tensor([True, True, False, False])
+    value = law.log_prob_gates(active, torch.zeros(4))
+    assert value.tolist() == [-200.0, 0.0, -200.0, 0.0]
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert gradient.tolist() == [1.0, 0.0, -1.0, 0.0]
 
 
 def test_a_soft_draw_is_the_quantile_of_the_mixed_law(base):
