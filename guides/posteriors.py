@@ -17,6 +17,7 @@ from pyro_sparse.distributions.gamma import GammaThresholded
 from pyro_sparse.distributions.thresholded import ShiftedThresholded, SoftThresholded
 from pyro_sparse.infer.bundle import register_savable
 
+_SMALLEST, _LARGEST = -30.0, 30.0  # logarithms of scales: beyond them float32 divides by zero
 _WIDEST = math.log(1e6)  # the published clip of Gamma parameters
 
 
@@ -73,9 +74,9 @@ class SpikeAndSlabPosterior(nn.Module):
     def forward(self, parameters: dict[str, Tensor]) -> SpikeAndSlab:
         """Law of the codes."""
         if self.slab is dist.Exponential:
-            slab = dist.Exponential((-parameters["log_scale"]).exp())
+            slab = dist.Exponential(_scale(parameters).reciprocal())
         else:
-            slab = self.slab(parameters["loc"], parameters["log_scale"].exp())
+            slab = self.slab(parameters["loc"], _scale(parameters))
         return SpikeAndSlab(slab, logits=parameters["logits"])
 
 
@@ -134,7 +135,7 @@ class ThresholdPosterior(nn.Module):
     def forward(self, parameters: dict[str, Tensor]) -> ShiftedThresholded | SoftThresholded:
         """Law of the codes."""
         loc = parameters["loc"]
-        base = self.base(loc, parameters["log_scale"].exp())
+        base = self.base(loc, _scale(parameters))
         threshold = self.threshold
         if isinstance(threshold, nn.Module):
             threshold = threshold()
@@ -192,7 +193,7 @@ class GammaThresholdPosterior(nn.Module):
 
     def forward(self, parameters: dict[str, Tensor]) -> Any:
         """Law of the codes, after a draw of their thresholds if these are sampled."""
-        loc, scale = parameters["loc"], parameters["log_scale"].exp()
+        loc, scale = parameters["loc"], _scale(parameters)
         concentration = parameters["log_concentration"].clamp(-_WIDEST, _WIDEST).exp()
         rate = parameters["log_rate"].clamp(-_WIDEST, _WIDEST).exp()
         if not self.sampled:
@@ -230,7 +231,7 @@ class DensePosterior(nn.Module):
 
     def forward(self, parameters: dict[str, Tensor]) -> Any:
         """Law of the codes."""
-        return self.base(parameters["loc"], parameters["log_scale"].exp())
+        return self.base(parameters["loc"], _scale(parameters))
 
 
 def _fixed(threshold: Any) -> Tensor:
@@ -251,6 +252,10 @@ def _fixed(threshold: Any) -> Tensor:
     if not bool(((value >= 0) & value.isfinite()).all()):
         raise ValueError(f"Expected threshold >= 0 and finite (code units), got {threshold}.")
     return value.detach().clone()
+
+
+def _scale(parameters: dict[str, Tensor]) -> Tensor:
+    return parameters["log_scale"].clamp(_SMALLEST, _LARGEST).exp()
 
 
 def _check_base(base: Any) -> None:

@@ -55,6 +55,9 @@ class StructuredThresholded(PyroModule):
     .. math:: \mu_k = \mathtt{loc}_k + \sum_{j<k} C_{kj}\, \mathtt{codes}_j, \qquad
         \ell_k = \mathtt{logits}_k - \mathtt{loc}_k^2 / 2 s_k^2
 
+    Its ELBO has no closed form: train it with ``SparseELBO(LeaveOneOut(), num_samples=4)``, which
+    did better than the pathwise draw that ``SparseELBO()`` takes.
+
     Site: ``"codes"``, event shape ``(atoms,)``, in the plate ``"data"`` of dim -1.
 
     Args:

@@ -14,7 +14,8 @@ def test_readme_examples_run_and_find_the_atoms(capsys: pytest.CaptureFixture[st
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    recovered, gap = capsys.readouterr().out.strip().splitlines()[-2:]
+    recovered, gap, active = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert 1.5 < float(re.findall(r"[\d.]+", active)[0]) < 2.5  # two codes of a datum, on average
     assert float(re.findall(r"[\d.]+", recovered)[0]) > 0.99
     assert gap.endswith("tensor(True)")
     assert isinstance(names["dictionary"].atoms, torch.Tensor)  # type: ignore[attr-defined]

@@ -229,11 +229,14 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> LOO:
     .. math:: r_{sn} = w_{sn} - \ell_{sn}, \qquad
         \mathrm{elpd}_n = \log \sum_s e^{\ell_{sn}} \, \mathrm{PSIS}(e^{r_{\cdot n}})_s
 
-    Where all latent sites stand inside the plate of the data, :math:`w_{sn}` is the datum's own,
-    which leaves its prior against the guide. Where some are drawn outside, leaving a datum out
-    moves those, and :math:`w_s` is the joint weight of all sites and data: right, but of few
-    effective draws unless the guide is close; ``pareto_k`` tells. (``arviz.loo`` takes the draws
-    for those of the posterior: no correction.)
+    Where all latent sites stand inside the plate of the data, nothing that is left tells of a
+    datum, whose predictive density is its evidence: :math:`\mathrm{elpd}_n = \log \frac1S \sum_s
+    e^{w_{sn}}` with the datum's own weight. (The general form has the same limit, by way of an
+    estimate of one that is far noisier.) Of one site among several the general form is taken, with
+    that weight. Where some sites are drawn outside, leaving a datum out moves those, and
+    :math:`w_s` is the joint weight of all sites and data: right, but of few effective draws unless
+    the guide is close; ``pareto_k`` tells. (``arviz.loo`` takes the draws for those of the
+    posterior: no correction.)
 
     Args:
         tree: What ``diagnostics.to_datatree`` returns, with groups ``log_likelihood`` and
@@ -291,14 +294,19 @@ def loo(tree: xr.DataTree, *, var_name: str | None = None) -> LOO:
             raise ValueError(f"Expected site {name!r} inside the plate {plate!r} of the data.")
         events = [str(dim) for dim in values.dims if dim not in weight.dims]
         likelihood = likelihood + values.sum(dim=events)
-    if "shared_log_weight" in stats:
+    shared = "shared_log_weight" in stats
+    if shared:
         scale = stats.attrs["num_data"] / weight.sizes[plate]
         weight = stats["shared_log_weight"] + scale * weight.sum(plate)
     ratio = (weight - likelihood).transpose("chain", "draw", plate)
     terms = torch.from_numpy(likelihood.transpose(*ratio.dims).values).flatten(0, 1)
-    smoothed, shape = psis(torch.from_numpy(ratio.values).flatten(0, 1))
-    pointwise = (terms + smoothed).logsumexp(0)
     samples, size = terms.shape
+    if shared or len(names) < len(likelihoods.data_vars):
+        smoothed, shape = psis(torch.from_numpy(ratio.values).flatten(0, 1))
+        pointwise = (terms + smoothed).logsumexp(0)
+    else:
+        own = torch.from_numpy(weight.transpose(*ratio.dims).values).flatten(0, 1)
+        pointwise, shape = own.logsumexp(0) - math.log(samples), psis(own)[1]
     plain = (terms.logsumexp(0) - math.log(samples)).sum()
     good = min(1 - 1 / math.log10(samples), 0.7)
     high = int((shape > good).sum())

@@ -70,7 +70,8 @@ class SparseELBO(ELBO):
             ``Importance()``, ``Renyi(order)``.
         num_samples: Draws a step, ``J``; by default as many as the estimator needs.
         kl_weight: Factor on the KL of all latent sites, a number or a ``Scheduled`` warm-up. Other
-            than 1 it is no lower bound of the evidence.
+            than 1 it is no lower bound of the evidence; while it is far below 1 keep the noise
+            scale fixed, or codes will fit the noise and the scale run to zero.
         base_kl: As published: the KL of the laws before thresholding in place of the exact one of
             the thresholded laws. With equal thresholds a looser bound, never a tighter one.
         num_plates: Dimensions that plates take; where there are several draws they are counted in a

@@ -19,9 +19,11 @@ from pyro_sparse.diagnostics.datatree import to_datatree
 from pyro_sparse.diagnostics.khat import khat, loo, psis
 from pyro_sparse.dictionaries import Dense
 from pyro_sparse.distributions import SpikeAndSlab
+from pyro_sparse.infer.exact import enumerate_posterior
 from pyro_sparse.infer.log_weights import log_weights
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
+from pyro_sparse.solvers import coordinate_ascent
 
 F64 = torch.float64
 
@@ -204,6 +206,31 @@ def test_leaving_out_spike_and_slab_codes() -> None:
     result = loo(to_datatree(model, guide, y, num_samples=20000))
     exact = np.log(0.7 * stats.norm.pdf(y, 0, 0.5) + 0.3 * stats.norm.pdf(y, 0, (4 + 0.25) ** 0.5))
     np.testing.assert_allclose(result.elpd_i, exact, atol=0.05)
+
+
+def test_leaving_out_a_datum_of_many_codes_is_its_evidence() -> None:
+    # Of twelve codes the general form, a ratio of two noisy sums, would be off by nats.
+    torch.manual_seed(0)
+    prior = SpikeAndSlab(dist.Normal(torch.zeros(12, dtype=F64), 1.0), 0.25)
+    dictionary = Dense(12, 8, atoms=torch.randn(12, 8, dtype=F64))
+    likelihood = Gaussian(torch.tensor(0.5, dtype=F64))
+    model = SparseCoding(dictionary, likelihood, prior)
+    with torch.no_grad():
+        y = model(num_data=30)
+    law = coordinate_ascent(y, dictionary, prior, likelihood).law.base_dist
+    wide = SpikeAndSlab(dist.Normal(law.slab.mean, 1.2 * law.slab.stddev), logits=0.8 * law.logits)
+
+    def guide(y: Tensor, num_data: int, mask: Tensor | None = None) -> None:
+        with data_plate(y, num_data):
+            pyro.sample("codes", wide.to_event(1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        result = loo(to_datatree(model, guide, y, num_samples=4000))
+    exact = enumerate_posterior(y, dictionary, prior, likelihood).log_evidence
+    reliable = result.pareto_k.values < result.good_k
+    assert reliable.mean() > 0.4
+    np.testing.assert_allclose(result.elpd_i.values[reliable], exact[reliable], atol=0.4)
 
 
 def shared_model(y: Tensor, num_data: int) -> None:

@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.colors import Normalize
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
 from . import membrane, photograph
 
@@ -28,6 +30,19 @@ def atom_grid(atoms: np.ndarray[Any, Any], columns: int) -> np.ndarray[Any, Any]
         top, left = (height + 1) * (k // columns) + 1, (width + 1) * (k % columns) + 1
         grid[top : top + height, left : left + width] = atom / np.abs(atom).max()
     return grid
+
+
+def put_below(axis: Any, atoms: np.ndarray[Any, Any]) -> None:
+    """Atoms ``(n, height, width)`` as small pictures below the values 0, 1, ... of the x axis."""
+    for i, atom in enumerate(atoms):
+        limit = np.abs(atom).max()
+        picture = OffsetImage(atom, zoom=3.5, cmap="gray", norm=Normalize(-limit, limit))
+        axis.add_artist(
+            AnnotationBbox(
+                picture, (i, 0), xycoords=axis.get_xaxis_transform(), box_alignment=(0.5, 1.1),
+                pad=0.1, bboxprops={"edgecolor": QUIET, "linewidth": 0.6},
+            )
+        )  # fmt: skip
 
 
 def save_atoms(result: photograph.Result, folder: Path) -> None:
