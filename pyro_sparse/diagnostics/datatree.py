@@ -58,8 +58,9 @@ def to_datatree(
     group                       variables, dims ``(chain=1, draw, *plates, *event)``
     ==========================  ================================================================
     ``posterior``               each latent site, and where a law has an atom at zero which
-                                draws are not exactly zero: ``active``, or ``<site>_active`` if
-                                several sites have one
+                                draws are not exactly zero, as 1 and 0 in int8 (plots of ArviZ
+                                fail on booleans): ``active``, or ``<site>_active`` if several
+                                sites have one
     ``posterior_predictive``    each observed site, drawn anew at each draw, masked parts too
     ``log_likelihood``          each observed site: nats of each datum, masked parts left out
     ``sample_stats``            ``log_p``, ``log_q``, ``log_weight`` of each datum, and
@@ -72,7 +73,7 @@ def to_datatree(
 
     ArviZ 1 takes the tree as it is. ArviZ 0.23 takes ``arviz.InferenceData.from_datatree(tree)``
     for ``arviz.summary``, ``arviz.loo`` (without the guide's correction; ``diagnostics.loo`` has
-    it) and plots. ``tree.to_netcdf(path)`` writes a file.
+    it) and plots; ``arviz.plot_loo_pit`` needs ``per_observation=True``. ``tree.to_netcdf(path)`` writes a file.
 
     The memory of all groups is logged at level ``INFO``, and compared with ``max_bytes``, before
     any of it is taken; runs need some hundred megabytes besides, or what ``chunk_size`` makes
@@ -223,7 +224,7 @@ class _Layout:
         runs, number = self.runs, np.dtype("float64")
         of_latent = [(name, self._entry(name)) for name in runs.latent]
         of_latent += [
-            (active, (*self._entry(name)[:2], np.dtype(bool)))
+            (active, (*self._entry(name)[:2], np.dtype("int8")))
             for name, active in self.active.items()
         ]
         of_observed = [(name, self._entry(name)) for name in runs.observed]

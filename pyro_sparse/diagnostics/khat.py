@@ -15,10 +15,11 @@ from torch import Tensor
 from pyro_sparse.infer.log_weights import LogWeights
 
 _FEWEST = 21  # draws of which the fifth gives a tail of the five values that a fit takes
+_DRAWN = ("chain", "draw")
 _COLUMNS = 256  # fitted at once: bounds the memory at some 50 MB for 4000 draws
 
 
-def khat(weights: LogWeights | Tensor) -> Tensor:
+def khat(weights: LogWeights | xr.DataTree | Tensor) -> Tensor:
     r"""Pareto shape of the importance weights of each datum.
 
     The largest weights :math:`w` of a datum are taken for draws of a generalised Pareto law with
@@ -31,9 +32,10 @@ def khat(weights: LogWeights | Tensor) -> Tensor:
     A single one of ``LogWeights.joint`` grows with their number, however good the guide.
 
     Args:
-        weights: What ``infer.log_weights`` returns, of which the local part is taken, or
-            log-weights in nats, shape ``(num_samples, ...)``, with at least 21 samples; 1000 and
-            more are sensible.
+        weights: What ``infer.log_weights`` returns, of which the local part is taken; what
+            ``diagnostics.to_datatree`` returns, with the group ``sample_stats``, where the same
+            stands; or log-weights in nats, shape ``(num_samples, ...)``. At least 21 samples; 1000
+            and more are sensible.
 
     Returns:
         Shape ``(n,)``, or that of ``weights`` without its first dimension; float64. Agrees with
@@ -46,7 +48,7 @@ def khat(weights: LogWeights | Tensor) -> Tensor:
 
     Raises:
         TypeError: If ``weights`` are no log-weights.
-        ValueError: If there are too few draws, or one is ``nan`` or ``inf``.
+        ValueError: If there are too few draws, one is ``nan`` or ``inf``, or the tree holds none.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry (2024), J. Mach. Learn. Res. 25(72), sec. 3.2; Zhang &
@@ -58,17 +60,15 @@ def khat(weights: LogWeights | Tensor) -> Tensor:
         >>> khat(tails) > 0.7
         tensor([False,  True])
     """
-    if isinstance(weights, LogWeights):
-        weights = weights.local
     return psis(weights)[1]
 
 
-def psis(log_ratios: Tensor) -> tuple[Tensor, Tensor]:
+def psis(log_ratios: LogWeights | xr.DataTree | Tensor) -> tuple[Tensor, Tensor]:
     """Smooth the largest importance ratios of each column by a fitted Pareto tail.
 
     Args:
         log_ratios: Nats, shape ``(num_samples, ...)``, at least 21 samples; ``-inf`` for a ratio of
-            zero.
+            zero. Or log-weights as ``khat`` takes them, ``(num_samples, n)`` then.
 
     Returns:
         Normalised log-weights, whose exponentials sum to 1 over the samples, shape of
@@ -76,8 +76,8 @@ def psis(log_ratios: Tensor) -> tuple[Tensor, Tensor]:
         ``arviz.psislw``, except for the ties that ``khat`` names.
 
     Raises:
-        TypeError: If the ratios are no real tensor.
-        ValueError: If there are too few draws, or one is ``nan`` or ``inf``.
+        TypeError: If the ratios are neither a real tensor nor log-weights.
+        ValueError: If there are too few draws, one is ``nan`` or ``inf``, or a tree holds none.
 
     References:
         Vehtari et al. (2024), J. Mach. Learn. Res. 25(72), algorithm 1.
@@ -87,10 +87,15 @@ def psis(log_ratios: Tensor) -> tuple[Tensor, Tensor]:
         >>> smoothed.logsumexp(0).abs() < 1e-9
         tensor(True)
     """
+    if isinstance(log_ratios, LogWeights):
+        log_ratios = log_ratios.local
+    elif isinstance(log_ratios, xr.DataTree):
+        log_ratios = _of_tree(log_ratios)
     if not isinstance(log_ratios, Tensor) or log_ratios.is_complex():
+        kind = log_ratios.dtype if isinstance(log_ratios, Tensor) else type(log_ratios).__name__
         raise TypeError(
-            "Expected log-weights as a real tensor, or what infer.log_weights returns, got "
-            f"{type(log_ratios).__name__}."
+            "Expected log-weights as a real tensor, or what infer.log_weights or "
+            f"diagnostics.to_datatree returns, got {kind}."
         )
     if log_ratios.dim() == 0 or len(log_ratios) < _FEWEST:
         raise ValueError(
@@ -110,6 +115,17 @@ def psis(log_ratios: Tensor) -> tuple[Tensor, Tensor]:
         return ratios.clone(), ratios.new_empty(ratios.shape[1:])
     smoothed = torch.cat([part[0] for part in parts]).T.reshape(ratios.shape)
     return smoothed, torch.cat([part[1] for part in parts]).reshape(ratios.shape[1:])
+
+
+def _of_tree(tree: xr.DataTree) -> Tensor:
+    """Log-weights of each datum, shape ``(num_samples, n)``."""
+    if "sample_stats" not in tree.children or "log_weight" not in tree["sample_stats"]:
+        raise ValueError(
+            "Expected a tree with sample_stats and log_weight in it, got groups "
+            f"{list(tree.children)}. Leave groups= of to_datatree out, or put sample_stats in."
+        )
+    weight = tree["sample_stats"].to_dataset()["log_weight"].transpose(*_DRAWN, ...)
+    return torch.from_numpy(weight.values).flatten(0, 1)
 
 
 def _smooth(ratios: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,6 +200,12 @@ class LOO:
         good_k: ``min(1 - 1 / log10(n_samples), 0.7)``.
         warning: Whether a ``pareto_k`` exceeds it.
         scale: Always ``"log"``.
+
+    Example:
+        >>> elpd, k = (xr.DataArray([a, b], dims="data") for a, b in ((-1.0, -2.0), (0.1, 0.9)))
+        >>> result = LOO(-3.0, 0.7, 1.2, elpd, k, 1000, 2, good_k=0.67, warning=True)
+        >>> result.pareto_k.values > result.good_k
+        array([False,  True])
     """
 
     elpd: float

@@ -47,7 +47,7 @@ from pyro_sparse.distributions.thresholded import (
     HardThresholded,
     ShiftedThresholded,
     SoftThresholded,
-    Thresholded,
+    ThresholdedLaw,
 )
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
     "SpikeAndSlab",
     "StructuredSpikeAndSlab",
     "Tails",
-    "Thresholded",
+    "ThresholdedLaw",
     "check_prior",
     "check_rate",
     "codes_prior",

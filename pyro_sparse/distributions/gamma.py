@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions.utils import broadcast_all
 
+from pyro_sparse.distributions.arguments import as_numbers, common_shape
 from pyro_sparse.distributions.mixed import Mixed
 
 
@@ -38,6 +38,10 @@ class GammaThresholded(Mixed):
         rate: Rate :math:`\beta > 0` of the threshold, in 1 / code units: its mean is
             ``concentration / rate``.
 
+    Raises:
+        TypeError: If a parameter is no number.
+        ValueError: If one is out of range, or their shapes do not broadcast.
+
     References:
         Fallah & Rozell (2022), ICML, PMLR 162:6034-6058, who draw the threshold.
 
@@ -63,7 +67,14 @@ class GammaThresholded(Mixed):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        loc, scale, self.concentration, self.rate = broadcast_all(loc, scale, concentration, rate)
+        given = {"loc": loc, "scale": scale, "concentration": concentration, "rate": rate}
+        like = next((x for x in given.values() if isinstance(x, Tensor)), torch.empty(0))
+        found = [
+            value if isinstance(value, Tensor) else as_numbers(name, value, like)
+            for name, value in given.items()
+        ]
+        shape = common_shape(**{name: value.shape for name, value in zip(given, found)})
+        loc, scale, self.concentration, self.rate = (value.expand(shape) for value in found)
         self.slab = dist.Laplace(loc, scale, validate_args=validate_args)
         super().__init__(self.rate.shape, validate_args=validate_args)
 

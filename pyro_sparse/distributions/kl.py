@@ -26,7 +26,7 @@ from torch.nn.functional import logsigmoid
 
 from pyro_sparse.distributions.mixed import Mixed
 from pyro_sparse.distributions.relaxed import RelaxedSpikeAndSlab
-from pyro_sparse.distributions.slabs import has_gap, is_two_sided, probability
+from pyro_sparse.distributions.slabs import probability, sidedness
 
 # Elementwise laws known to have no atom. Of any other type nothing is known, and torch says that no
 # divergence is registered.
@@ -97,11 +97,11 @@ def kl_slabs(q: Any, p: Any) -> Tensor:
         ValueError: If ``q`` is two-sided and ``p`` one-sided.
         NotImplementedError: If none is registered for their types.
     """
-    if (is_two_sided(q) or has_gap(q)) and not (is_two_sided(p) or has_gap(p)):
+    if sidedness(q) == "two-sided" != sidedness(p):
         raise ValueError(
             f"Expected slabs of one support, got a two-sided {type(q).__name__} against a "
-            f"{type(p).__name__} with support {p.support}: the divergence is infinite. Use a "
-            "one-sided slab in the guide, such as Exponential."
+            f"{sidedness(p)} {type(p).__name__}: the divergence is infinite. Use a one-sided slab "
+            "in the guide, such as Exponential."
         )
     return kl_divergence(q, p)
 
@@ -118,8 +118,19 @@ def _kl_mixed_without_atom(q: Mixed, p: Distribution) -> Tensor:
     raise ValueError(
         f"Expected a prior with an atom at zero for a {type(q).__name__}, got {type(p).__name__}: "
         "exact zeros have no density under it, so the divergence is infinite. Use "
-        f"SpikeAndSlab({type(p).__name__}(...), probs=...) as the prior."
+        f"{with_atom(p)} as the prior."
     )
+
+
+def with_atom(prior: Distribution) -> str:
+    """The prior with an atom that is closest to one without, in words for a message.
+
+    Example:
+        >>> with_atom(dist.Laplace(0.0, 1.0))
+        'SpikeAndSlab(Laplace(...), probs=...)'
+    """
+    slab = prior.slab if isinstance(prior, RelaxedSpikeAndSlab) else prior
+    return f"SpikeAndSlab({type(slab).__name__}(...), probs=...)"
 
 
 def _kl_without_atom_mixed(q: Distribution, p: Mixed) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid, softplus
 
+from pyro_sparse.distributions.arguments import as_numbers, common_shape
 from pyro_sparse.distributions.slabs import (
     cdf,
     check_slab,
@@ -20,6 +21,7 @@ from pyro_sparse.distributions.slabs import (
     probability,
     quantile,
     reaches_zero,
+    sidedness,
 )
 
 
@@ -65,6 +67,17 @@ class Mixed(TorchDistribution):
             ``log_prob``, ``sample``, ``cdf``, ``icdf``, ``entropy``, ``mean`` and ``variance``.
         continuous_map: Whether ``rsample`` is a continuous map of noise and parameters, as that of
             a soft threshold is, so that its gradient cannot explode.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> class Halved(Mixed):
+        ...     arg_constraints = {}
+        ...     def __init__(self, slab):
+        ...         self.slab, self.logits = slab, torch.zeros(slab.batch_shape)
+        ...         super().__init__(slab.batch_shape)
+        >>> law = Halved(dist.Normal(torch.zeros(3), 1.0))
+        >>> law.prob_active, law.variance
+        (tensor([0.5000, 0.5000, 0.5000]), tensor([0.5000, 0.5000, 0.5000]))
     """
 
     has_rsample = False
@@ -156,9 +169,9 @@ class Mixed(TorchDistribution):
             )
         if not reaches_zero(self.slab):
             raise NotImplementedError(
-                f"Expected a slab that reaches down to zero, got {type(self.slab).__name__} with "
-                f"support {self.slab.support}: codes that leave the atom would have to jump, so a "
-                "pathwise gradient would be biased."
+                f"Expected a slab that reaches down to zero, got {type(self.slab).__name__}, "
+                f"which is {sidedness(self.slab)} and stays away from it: codes that leave the "
+                "atom would have to jump, so a pathwise gradient would be biased."
             )
         return self.slab.rsample(torch.Size(sample_shape))
 
@@ -198,7 +211,11 @@ class Mixed(TorchDistribution):
         return value + torch.where(active, side, torch.zeros_like(side))
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Probability of a code of at most ``value``; jumps at zero by the atom."""
+        """Probability of a code of at most ``value``; jumps at zero by the atom.
+
+        Raises:
+            NotImplementedError: If the slab has no ``cdf``.
+        """
         atom = probability(-self.logits)
         return self.prob_active * cdf(self.slab, value) + torch.where(value >= 0, atom, 0.0)
 
@@ -207,6 +224,9 @@ class Mixed(TorchDistribution):
 
         Args:
             value: Probabilities in (0, 1).
+
+        Raises:
+            NotImplementedError: If the slab has no ``cdf`` or no ``icdf``.
         """
         active, atom = self.prob_active, probability(-self.logits)
         below = active * cdf(self.slab, torch.zeros_like(active))
@@ -252,9 +272,10 @@ class SpikeAndSlab(Mixed):
             returns these: a probability in float32 rounds to 1 from log-odds of 17 on.
 
     Raises:
-        TypeError: If ``slab`` is no distribution.
+        TypeError: If ``slab`` is no distribution, or ``probs`` or ``logits`` no number.
         ValueError: If not exactly one of ``probs`` and ``logits`` is given, ``probs`` is out of
-            range, or the slab has an event shape or an atom of its own.
+            range, the shapes do not broadcast, or the slab has an event shape or an atom of its
+            own.
 
     References:
         Mitchell & Beauchamp (1988), J. Am. Stat. Assoc. 83(404); Titsias & Lazaro-Gredilla (2011),
@@ -284,12 +305,13 @@ class SpikeAndSlab(Mixed):
             raise ValueError("Expected exactly one of probs and logits.")
         like = slab.mean
         if probs is not None:
-            probs = torch.as_tensor(probs, dtype=like.dtype, device=like.device)
+            probs = as_numbers("probs", probs, like)
             if not bool(((probs >= 0) & (probs <= 1)).all()):
                 raise ValueError(f"Expected probs in [0, 1], got {probs}.")
             logits = _log_odds(probs)
-        logits = torch.as_tensor(logits, dtype=like.dtype, device=like.device)
-        shape = torch.broadcast_shapes(logits.shape, slab.batch_shape)
+        name = "logits" if probs is None else "probs"
+        logits = as_numbers(name, logits, like)
+        shape = common_shape(slab=slab.batch_shape, **{name: logits.shape})
         self.logits = logits.expand(shape)
         self.slab = slab if slab.batch_shape == shape else slab.expand(shape)
         super().__init__(shape, validate_args=validate_args)

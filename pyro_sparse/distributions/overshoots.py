@@ -36,6 +36,12 @@ class Overshoot(TorchDistribution):
     Args:
         loc: Location of the base less the edge, in code units; far below zero in a far tail.
         scale: Scale of the base, positive, in code units.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> side = overshoot(dist.Laplace(0.0, 0.5), torch.tensor(-2.0))  # beyond an edge at 2
+        >>> isinstance(side, Overshoot), side.log_mass.exp(), side.mean
+        (True, tensor(0.0092), tensor(0.5000))
     """
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}

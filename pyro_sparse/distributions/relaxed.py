@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
+from pyro_sparse.distributions.arguments import as_numbers, common_shape
 from pyro_sparse.distributions.mixed import SpikeAndSlab
 from pyro_sparse.distributions.priors import match
-from pyro_sparse.distributions.slabs import cdf, inner_value, is_two_sided, quantile
+from pyro_sparse.distributions.slabs import cdf, inner_value, is_two_sided, quantile, sidedness
 
 _OPEN = 40.0  # a gate of more than this is one: 1 - sigmoid(40) = 4e-18
 _REACH = 60.0  # standard deviations of the slab beyond which nothing counts
@@ -50,9 +51,9 @@ class RelaxedSpikeAndSlab(TorchDistribution):
         logits: In its place: its log-odds.
 
     Raises:
-        TypeError: If ``slab`` is no distribution.
+        TypeError: If ``slab`` is no distribution, or a parameter no number.
         ValueError: If not exactly one of ``probs`` and ``logits`` is given, a parameter is out of
-            range, or the support of the slab is neither the reals nor what lies above zero.
+            range, shapes do not broadcast, or the support of the slab is neither the reals nor what lies above zero.
 
     References:
         Maddison, Mnih & Teh (2017), ICLR, sec. 3; Tonolini, Jensen & Murray-Smith (2020), UAI.
@@ -67,6 +68,7 @@ class RelaxedSpikeAndSlab(TorchDistribution):
     """
 
     has_rsample = True
+    has_relaxed_gate = True
     arg_constraints = {"logits": constraints.real, "temperature": constraints.positive}
 
     def __init__(
@@ -82,10 +84,10 @@ class RelaxedSpikeAndSlab(TorchDistribution):
         if not is_two_sided(slab) and getattr(slab.support, "lower_bound", None) != 0:
             raise ValueError(
                 "Expected a slab on the reals or above zero, so that its values times a gate are "
-                f"its values too, got {type(slab).__name__} with support {slab.support}."
+                f"its values too, got {type(slab).__name__}, which is {sidedness(slab)}."
             )
-        temperature = torch.as_tensor(temperature, dtype=law.logits.dtype, device=law.logits.device)
-        shape = torch.broadcast_shapes(law.batch_shape, temperature.shape)
+        temperature = as_numbers("temperature", temperature, law.logits)
+        shape = common_shape(gated_slab=law.batch_shape, temperature=temperature.shape)
         law = law.expand(shape)
         self.slab, self.logits = law.slab, law.logits
         self.temperature = temperature.expand(shape)

@@ -22,11 +22,16 @@ def check_slab(slab: object) -> None:
 
     Raises:
         TypeError: If it is no distribution.
-        ValueError: If it has an event shape, is discrete, or is a wrapper.
+        ValueError: If it has an event shape, is discrete, a wrapper, or has a relaxed gate.
     """
     if not isinstance(slab, Distribution):
         raise TypeError(
             f"Expected slab to be a distribution, such as Laplace(0.0, 1.0), got {slab!r}."
+        )
+    if getattr(slab, "has_relaxed_gate", False):
+        raise ValueError(
+            f"Expected a slab without a gate of its own, got {type(slab).__name__}. Use its slab: "
+            "SpikeAndSlab(law.slab, probs)."
         )
     support: Any = slab.support
     refused = support.is_discrete or isinstance(slab, dist.Delta | dist.MaskedDistribution)
@@ -73,6 +78,19 @@ def reaches_zero(law: Distribution) -> bool:
     return bool(((torch.as_tensor(lower) <= 0) & (torch.as_tensor(upper) >= 0)).all())
 
 
+def sidedness(law: Distribution) -> str:
+    """Which values a law has, in a word for messages: its bounds may be large tensors.
+
+    Example:
+        >>> sidedness(dist.Exponential(torch.ones(1000)))
+        'one-sided'
+    """
+    if is_two_sided(law) or has_gap(law):
+        return "two-sided"
+    bounds = [hasattr(law.support, name) for name in ("lower_bound", "upper_bound")]
+    return "bounded" if all(bounds) else "one-sided"
+
+
 def inner_value(law: Distribution) -> Tensor:
     """A number of the support with a finite log-density, detached, shape ``batch_shape``.
 
@@ -92,7 +110,7 @@ def cdf(law: Any, value: Tensor) -> Tensor:
     """
     inside = law.support.check(value)
     inner = torch.where(inside, value, inner_value(law))
-    return torch.where(inside, law.cdf(inner), (value > inner_value(law)).to(inner.dtype))
+    return torch.where(inside, _call(law, "cdf", inner), (value > inner_value(law)).to(inner.dtype))
 
 
 @functools.singledispatch
@@ -149,7 +167,20 @@ def quantile(law: Any, lower: Tensor, upper: Tensor) -> Tensor:
         >>> quantile(dist.Laplace(0.0, 1.0), torch.tensor(1e-20), torch.tensor(1.0))
         tensor(-45.3586)
     """
-    return law.icdf(lower)
+    return _call(law, "icdf", lower)
+
+
+def _call(law: Any, method: str, value: Tensor) -> Tensor:
+    try:
+        found: Tensor = getattr(law, method)(value)
+    except NotImplementedError as error:
+        if str(error):
+            raise
+        raise NotImplementedError(
+            f"Expected a slab with a method {method}, got {type(law).__name__}, which has none. "
+            f"Use a Laplace, Normal or Exponential slab, or write {method} in a subclass."
+        ) from None
+    return found
 
 
 def _nearer(lower: Tensor, upper: Tensor) -> Tensor:

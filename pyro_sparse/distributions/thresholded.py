@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyro_sparse.distributions.arguments import as_numbers, common_shape
 from pyro_sparse.distributions.memory import remembered
 from pyro_sparse.distributions.mixed import Mixed
 from pyro_sparse.distributions.overshoots import Overshoot, overshoot
@@ -24,13 +25,18 @@ from pyro_sparse.distributions.tails import Tails
 from pyro_sparse.ops import soft_threshold, soft_threshold_nonnegative
 
 
-class Thresholded(Mixed):
+class ThresholdedLaw(Mixed):
     """Declares a base law under a threshold; the concrete laws say what passes and where it goes.
 
     Attributes:
         base: Law before the threshold, batch shape ``batch_shape``.
         threshold: Non-negative, in code units, shape ``batch_shape``.
         one_sided: Whether only the upper tail passes.
+
+    Example:
+        >>> law = SoftThresholded(dist.Laplace(0.3, 0.1), 0.2, one_sided=True)
+        >>> isinstance(law, ThresholdedLaw), law.apply_threshold(torch.tensor([0.1, 0.5]))
+        (True, tensor([0.0000, 0.3000]))
     """
 
     arg_constraints = {"threshold": constraints.nonnegative}
@@ -51,8 +57,8 @@ class Thresholded(Mixed):
                 f"Expected base to be a distribution, such as Normal(0.0, 1.0), got {base!r}."
             )
         like = overshoot(base, torch.zeros(())).scale  # refuses a base that is not registered
-        threshold = torch.as_tensor(threshold, dtype=like.dtype, device=like.device)
-        shape = torch.broadcast_shapes(base.batch_shape, threshold.shape)
+        threshold = as_numbers("threshold", threshold, like)
+        shape = common_shape(base=base.batch_shape, threshold=threshold.shape)
         self.base = base if base.batch_shape == shape else base.expand(shape)
         self.threshold = threshold.expand(shape)
         self.one_sided = one_sided
@@ -111,7 +117,7 @@ class Thresholded(Mixed):
         inactive = above.log_interval(centre, width, above.scale)
         return torch.where(some, active - inactive, math.inf)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Thresholded:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ThresholdedLaw:
         """The same law with another batch shape."""
         new = self._get_checked_instance(type(self), _instance)
         batch_shape = torch.Size(batch_shape)
@@ -120,12 +126,12 @@ class Thresholded(Mixed):
         new.one_sided = self.one_sided
         slab, logits = self.slab.expand(batch_shape), self.logits.expand(batch_shape)
         remembered(new, "_derived", (new.base, new.threshold), lambda: (slab, logits))
-        super(Thresholded, new).__init__(batch_shape, validate_args=False)
+        super(ThresholdedLaw, new).__init__(batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
 
-class SoftThresholded(Thresholded):
+class SoftThresholded(ThresholdedLaw):
     r"""A base law shrunk towards zero.
 
     .. math:: z = \mathrm{sign}(y) \max(|y| - \lambda, 0), \qquad y \sim \text{base}
@@ -145,9 +151,9 @@ class SoftThresholded(Thresholded):
         one_sided: Whether the lower tail gives zero as well, as in a ReLU.
 
     Raises:
-        TypeError: If ``base`` is no distribution.
+        TypeError: If ``base`` is no distribution or ``threshold`` no number.
         NotImplementedError: If nothing is registered for its type.
-        ValueError: If the threshold is negative.
+        ValueError: If the threshold is negative or does not broadcast with the base.
 
     Example:
         >>> law = SoftThresholded(dist.Normal(0.35, 0.3), 0.25)
@@ -186,7 +192,7 @@ class SoftThresholded(Thresholded):
         return Tails(above, below, upper=torch.zeros_like(self.threshold), validate_args=False)
 
 
-class ShiftedThresholded(Thresholded):
+class ShiftedThresholded(ThresholdedLaw):
     r"""A location whose noise has to pass a threshold, or the code is zero.
 
     .. math::
@@ -205,9 +211,9 @@ class ShiftedThresholded(Thresholded):
         one_sided: Whether only noise above the threshold passes.
 
     Raises:
-        TypeError: If ``base`` is no distribution.
+        TypeError: If ``base`` is no distribution or ``threshold`` no number.
         NotImplementedError: If nothing is registered for its type.
-        ValueError: If the threshold is negative.
+        ValueError: If the threshold is negative or does not broadcast with the base.
 
     References:
         Fallah & Rozell (2022), ICML, PMLR 162:6034-6058.
@@ -258,7 +264,7 @@ class ShiftedThresholded(Thresholded):
         return shifted_slab(self.base, above, below)
 
 
-class HardThresholded(Thresholded):
+class HardThresholded(ThresholdedLaw):
     r"""A base law, or zero where it does not pass the threshold.
 
     .. math:: z = y\, \mathbb 1[|y| > \lambda], \qquad y \sim \text{base}
@@ -273,9 +279,9 @@ class HardThresholded(Thresholded):
         threshold: :math:`\lambda \ge 0`, in code units; broadcasts with the base.
 
     Raises:
-        TypeError: If ``base`` is no distribution.
+        TypeError: If ``base`` is no distribution or ``threshold`` no number.
         NotImplementedError: If nothing is registered for its type.
-        ValueError: If the threshold is negative.
+        ValueError: If the threshold is negative or does not broadcast with the base.
 
     Example:
         >>> law = HardThresholded(dist.Normal(0.0, 1.0), 2.0)
@@ -331,7 +337,7 @@ def _(base: Any, above: Overshoot, below: Overshoot | None) -> Any:
     return dist.Laplace(base.loc, base.scale, validate_args=False)
 
 
-def _no_pathwise_draw(law: Thresholded) -> NotImplementedError:
+def _no_pathwise_draw(law: ThresholdedLaw) -> NotImplementedError:
     return NotImplementedError(
         f"Expected a law whose codes reach down to zero for a pathwise draw, got a "
         f"{type(law).__name__}: mass cannot move over the gap around zero. Use an estimator that "

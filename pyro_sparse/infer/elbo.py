@@ -15,6 +15,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_sparse.distributions.mixed import Mixed
 from pyro_sparse.infer.bounds import Bound, Mean
 from pyro_sparse.infer.estimators import (
     Estimator,
@@ -40,11 +41,13 @@ from pyro_sparse.infer.integrand import (
     sum_to,
 )
 from pyro_sparse.infer.numbers import check_whole
+from pyro_sparse.infer.programs import Apart
 from pyro_sparse.infer.schedules import Scheduled, check_scheduled
 from pyro_sparse.infer.sites import check_measures
 
 _LOG = logging.getLogger(__name__)
 Program = Callable[..., Any]
+_Pairs = weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, "_Known"]]
 
 
 class SparseELBO(ELBO):
@@ -68,7 +71,9 @@ class SparseELBO(ELBO):
             ``choice(model)`` says which, and why, after the first call.
         bound: What several draws are made into: ``Mean()`` (the ELBO, default), ``BestOf()``,
             ``Importance()``, ``Renyi(order)``.
-        num_samples: Draws a step, ``J``; by default as many as the estimator needs.
+        num_samples: Draws a step, ``J``; by default as many as the estimator needs, and 10 for
+            bounds other than ``Mean()``, which of one draw are the ELBO. Not used where the exact
+            expectation is taken unasked.
         kl_weight: Factor on the KL of all latent sites, a number or a ``Scheduled`` warm-up. Other
             than 1 it is no lower bound of the evidence; while it is far below 1 keep the noise
             scale fixed, or codes will fit the noise and the scale run to zero.
@@ -144,19 +149,35 @@ class SparseELBO(ELBO):
         self.kl_weight = kl_weight
         self.base_kl = base_kl
         self.num_plates = num_plates
-        self._known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+        self._known: _Pairs = weakref.WeakKeyDictionary()
+        self._last: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
-    def choice(self, model: Program) -> str:
+    def __getstate__(self) -> dict[str, Any]:
+        # What is known of programs belongs to this process; it is found out again.
+        return {**vars(self), "_known": None, "_last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        empty: dict[str, Any] = {n: weakref.WeakKeyDictionary() for n in ("_known", "_last")}
+        vars(self).update({**state, **empty})
+
+    def choice(self, model: Program, guide: Program | None = None) -> str:
         """Which estimator a model is trained with, and why if it was not asked for.
 
+        Args:
+            model: A model that this objective has been evaluated for, also by ``fit``.
+            guide: With which guide; by default the latest one.
+
         Raises:
-            ValueError: If the objective has not been evaluated for this model yet.
+            ValueError: If the objective has not been evaluated for them yet.
         """
         if self.estimator is not None:
             return repr(self.estimator)
-        if model not in self._known:
-            raise ValueError("Expected a model that this objective has been evaluated for.")
-        known = self._known[model]
+        pairs = self._known.get(_user_program(model), {})
+        known = self._last.get(_user_program(model)) if guide is None else pairs.get(guide)
+        if known is None:
+            raise ValueError(
+                "Expected a model and a guide that this objective has been evaluated for."
+            )
         return repr(known.estimator) + (f", since {known.reason}" if known.reason else "")
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -182,10 +203,11 @@ class SparseELBO(ELBO):
             NotImplementedError: If the estimator does not serve the guide's laws, or ``Exact`` not
                 the model.
         """
-        known = self._known.get(model)
+        pairs = self._known.setdefault(_user_program(model), weakref.WeakKeyDictionary())
+        known = pairs.get(_user_program(guide))
         if known is None:
-            known = _Known(self.num_plates, self.estimator)
-            self._known[model] = known
+            known = pairs[_user_program(guide)] = _Known(self.num_plates, self.estimator)
+        self._last[_user_program(model)] = known
         if known.estimator is None:
             try:
                 loss = -self._exact(known, Exact(), model, guide, args, kwargs)
@@ -196,6 +218,7 @@ class SparseELBO(ELBO):
                 _LOG.info("SparseELBO uses %r: %s", known.estimator, error)
             else:
                 known.estimator = Exact()
+                _LOG.info("SparseELBO uses Exact().")
                 return loss
         if isinstance(known.estimator, Exact):
             return -self._exact(known, known.estimator, model, guide, args, kwargs)
@@ -215,7 +238,7 @@ class SparseELBO(ELBO):
         args: Any,
         kwargs: Any,
     ) -> Tensor:
-        num_draws = self.num_samples or estimator.num_draws
+        num_draws = self.num_samples or self._default_draws(estimator)
         if known.num_plates is None:
             known.num_plates = guess_num_plates(model, guide, args, kwargs)
         layout = Layout(num_draws, known.num_plates, num_draws > 1 or estimator.leading)
@@ -258,6 +281,9 @@ class SparseELBO(ELBO):
             )
             total = total + estimator.correction(sampled)
         return scale * total + self._shared(sites, terms)
+
+    def _default_draws(self, estimator: Estimator) -> int:
+        return estimator.num_draws if isinstance(self.bound, Mean) else 10
 
     def _bound(self, parts: Parts, sites: dict[str, GuideSite], layout: Layout) -> Tensor:
         if isinstance(self.bound, Mean):
@@ -363,6 +389,13 @@ class SparseELBO(ELBO):
         layout = Layout(1, 0, leading=False)
         sites = run_guide(guide, args, kwargs, layout, _sample, subsamples)
         carried = {name: site.law for name, site in sites.items() if is_gated(site.law)}
+        for name, law in carried.items():
+            if not isinstance(leaf(law), Mixed):
+                raise NotImplementedError(
+                    f"Exact needs codes that are independent given the data, with mean and "
+                    f"variance, got {type(leaf(law)).__name__} at site {name!r}. Use "
+                    "SparseELBO(LeaveOneOut(), num_samples=4)."
+                )
         if not carried:  # dense codes are as good, where nothing else is to be carried
             carried = _dense_codes(sites)
         if known.independent is None and len(sites) > 1:
@@ -392,12 +425,17 @@ class SparseELBO(ELBO):
 
 @dataclass
 class _Known:
-    """What a first evaluation found out about a model."""
+    """What a first evaluation found out about a model and a guide."""
 
     num_plates: int | None
     estimator: Estimator | None
     reason: str = ""
     independent: bool | None = None
+
+
+def _user_program(program: Program) -> Program:
+    """The program as the user knows it: ``fit`` wraps each in a scope of its own."""
+    return program.program if isinstance(program, Apart) else program
 
 
 def _sample(law: Any, lead: tuple[int, ...]) -> Draw:

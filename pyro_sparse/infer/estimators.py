@@ -122,6 +122,12 @@ class Exact(Estimator):
 
     num_draws = 1
 
+    def check(self, num_draws: int) -> None:  # noqa: D102
+        if num_draws != 1:
+            raise ValueError(
+                f"Expected no num_samples with Exact(), which draws none, got {num_draws}."
+            )
+
 
 @dataclass(frozen=True)
 class ImplicitMixed(Estimator):

@@ -43,6 +43,18 @@ class ExactPosterior(TorchDistribution):
         prob_active: Probability that a code is not zero, shape ``(n, *code_shape)``.
         mean: Mean of the codes, zeros counted, shape ``(n, *code_shape)``.
         variance: Variance of the codes, zeros counted, shape ``(n, *code_shape)``.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> from pyro_sparse.distributions.mixed import SpikeAndSlab
+        >>> from pyro_sparse.likelihoods import Gaussian
+        >>> prior = SpikeAndSlab(dist.Normal(0.0, 1.0), probs=0.1)
+        >>> posterior = enumerate_posterior(torch.zeros(5, 8), Dense(4, 8), prior, Gaussian(0.5))
+        >>> isinstance(posterior, ExactPosterior), posterior.sample().shape
+        (True, torch.Size([5, 4]))
+        >>> posterior.log_support_prob.shape
+        torch.Size([5, 16])
     """
 
     has_rsample = False

@@ -26,10 +26,20 @@ class GibbsDraws(NamedTuple):
     Attributes:
         codes: Shape ``(chains, draws, n, *code_shape)``, with exact zeros, dtype of the data.
         log_joint: Log-density of data and codes, float64, shape ``(chains, draws, n)``.
+
+    Example:
+        >>> codes = torch.tensor([0.0, 1.3, 0.0, 0.7]).reshape(2, 2, 1, 1)
+        >>> GibbsDraws(codes, log_joint=torch.zeros(2, 2, 1)).prob_active
+        tensor([[0.5000]], dtype=torch.float64)
     """
 
     codes: Tensor
     log_joint: Tensor
+
+    @property
+    def prob_active(self) -> Tensor:
+        """Share of the draws whose code is not zero; float64, shape ``(n, *code_shape)``."""
+        return (self.codes != 0).double().mean((0, 1))
 
 
 def gibbs(
@@ -40,7 +50,7 @@ def gibbs(
     *,
     rate: Tensor | None = None,
     mask: Tensor | None = None,
-    num_draws: int = 1000,
+    num_samples: int = 1000,
     num_warm_up: int = 500,
     num_chains: int = 4,
     thin: int = 1,
@@ -70,7 +80,7 @@ def gibbs(
         rate: Rate for a callable prior, shape ``(atoms,)`` or ``()``.
         mask: True where a sample was observed, broadcastable to ``y``; the others may hold
             anything, also ``nan``.
-        num_draws: Draws that each chain keeps.
+        num_samples: Draws that each chain keeps.
         num_warm_up: Sweeps before the first of them; may be zero.
         num_chains: Independent chains.
         thin: Sweeps from one draw to the next.
@@ -101,20 +111,20 @@ def gibbs(
         >>> from pyro_sparse.distributions.mixed import SpikeAndSlab
         >>> from pyro_sparse.likelihoods import Gaussian
         >>> prior = SpikeAndSlab(dist.Normal(0.0, 1.0), probs=0.1)
-        >>> draws = gibbs(torch.randn(3, 8), Dense(20, 8), prior, Gaussian(0.5), num_draws=10)
+        >>> draws = gibbs(torch.randn(3, 8), Dense(20, 8), prior, Gaussian(0.5), num_samples=10)
         >>> draws.codes.shape
         torch.Size([4, 10, 3, 20])
     """
-    check_sizes(num_draws=num_draws, num_chains=num_chains, thin=thin)
+    check_sizes(num_samples=num_samples, num_chains=num_chains, thin=thin)
     if not isinstance(num_warm_up, Integral) or num_warm_up < 0:
         raise ValueError(f"Expected num_warm_up to be a whole number >= 0, got {num_warm_up!r}.")
     problem = linear_gaussian(y, dictionary, prior, likelihood, rate=rate, mask=mask)
     with torch.no_grad():
         joint = [_prepare(problem, j, k) for j, k in _pairs(problem, pairs)]
         codes = _start(problem, init, num_chains, generator)
-        kept = y.new_empty(num_chains, num_draws, len(y), problem.num_codes)
-        log_joint = codes.new_empty(num_chains, num_draws, len(y))
-        for step in range(1 - num_warm_up, 1 + num_draws * thin):
+        kept = y.new_empty(num_chains, num_samples, len(y), problem.num_codes)
+        log_joint = codes.new_empty(num_chains, num_samples, len(y))
+        for step in range(1 - num_warm_up, 1 + num_samples * thin):
             _sweep(problem, codes, joint, generator)
             if step > 0 and step % thin == 0:
                 kept[:, step // thin - 1] = codes

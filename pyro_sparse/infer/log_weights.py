@@ -30,6 +30,12 @@ class LogWeights:
         draws: Values of the latent sites of the model, shape ``(num_samples, *plates, *event)``;
             empty if they were not asked for.
         num_data: Size of the whole data set, ``>= n``.
+
+    Example:
+        >>> local, shared = torch.zeros(100, 3), torch.full((100,), -0.5)
+        >>> weights = LogWeights(local, shared, log_p={}, log_q={}, draws={}, num_data=30)
+        >>> weights.joint.mean()  # an estimate of the ELBO
+        tensor(-0.5000)
     """
 
     local: Tensor

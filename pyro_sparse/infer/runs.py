@@ -355,7 +355,8 @@ def _no_leading(found: str) -> str:
     return (
         "Expected programs that take a leading dimension of draws, such as codes of shape (draws, "
         f"n, atoms), got {found}. Write dims from the right (codes.sum(-1)), or pass "
-        "vectorize=False for one run a draw."
+        "vectorize=False for one run a draw. Or it is a program that draws random numbers of its "
+        "own, such as dropout: call eval()."
     )
 
 

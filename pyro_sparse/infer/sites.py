@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_sparse.distributions.kl import with_atom
 from pyro_sparse.infer.integrand import is_gated, leaf
 
 
@@ -71,8 +72,8 @@ def check_measures(name: str, law: Any, prior: Any) -> None:
     if is_gated(law) and not is_gated(prior):
         raise ValueError(
             f"Expected a prior with an atom at zero at site {name!r}, as the guide's {guide_law} "
-            f"has one, got {model_law}: their KL is infinite. Use SpikeAndSlab({model_law}(...), "
-            "probs) in the model."
+            f"has one, got {model_law}: their KL is infinite. Use {with_atom(leaf(prior))} in the "
+            "model."
         )
     if isinstance(leaf(law), dist.Delta) and is_gated(prior):
         raise ValueError(

@@ -26,12 +26,26 @@ class MeanField(NamedTuple):
         elbo: Evidence lower bound of each datum in nats, float64, shape ``(n,)``.
         history: The bound at the start and after each sweep, float64, shape ``(sweeps + 1, n)``.
         converged: Whether the last sweep changed a datum's bound by less than ``tol``, ``(n,)``.
+
+    Example:
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> from pyro_sparse.likelihoods import Gaussian
+        >>> prior = SpikeAndSlab(dist.Normal(0.0, 1.0), probs=0.1)
+        >>> fit = coordinate_ascent(torch.zeros(5, 8), Dense(20, 8), prior, Gaussian(0.5))
+        >>> isinstance(fit, MeanField), fit.prob_active.shape
+        (True, torch.Size([5, 20]))
     """
 
     law: Any
     elbo: Tensor
     history: Tensor
     converged: Tensor
+
+    @property
+    def prob_active(self) -> Tensor:
+        """Probability that a code is not zero, shape ``(n, *code_shape)``."""
+        active: Tensor = elementwise(self.law).prob_active
+        return active
 
 
 class _Factors(NamedTuple):
@@ -111,7 +125,7 @@ def coordinate_ascent(
         >>> prior = SpikeAndSlab(dist.Normal(0.0, 1.0), probs=0.5)
         >>> y = torch.tensor([[2.0, 0.0]])
         >>> fit = coordinate_ascent(y, dictionary, prior, Gaussian(0.5))
-        >>> fit.law.base_dist.prob_active
+        >>> fit.prob_active
         tensor([[0.9963, 0.3090]])
     """
     _check_numbers(tol, max_sweeps)

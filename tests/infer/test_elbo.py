@@ -1,6 +1,8 @@
 """SparseELBO over programs of all shapes: sites, plates, scales, masks, training, and refusals."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -851,3 +853,90 @@ def test_estimators_that_flip_gates_refuse_discrete_latents() -> None:
 def test_arguments_are_checked(options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         SparseELBO(**options)
+
+
+# One objective for several programs --------------------------------------------------------------
+
+
+def in_turn(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        a = pyro.sample("a", SpikeAndSlab(dist.Normal(torch.zeros(2), 0.5), 0.5).to_event(1))
+        pyro.sample("b", SpikeAndSlab(dist.Normal(-2 * a, 0.5), 0.5).to_event(1))
+
+
+def gated(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        law = SpikeAndSlab(dist.Normal(torch.zeros(2), 1.0), 0.5).to_event(1)
+        a, b = pyro.sample("a", law), pyro.sample("b", law)
+        pyro.sample("obs", dist.Normal(a + b, 0.5).to_event(1), obs=y)
+
+
+def test_what_was_found_out_about_one_guide_is_not_taken_for_another() -> None:
+    y = torch.randn(50, 2)
+
+    def independent(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            for name in ("a", "b"):
+                law = SpikeAndSlab(dist.Normal(torch.zeros(2), 0.5), 0.5)
+                pyro.sample(name, law.to_event(1))
+
+    objective = SparseELBO()
+    objective.loss(gated, independent, y)
+    objective.loss(gated, in_turn, y)
+    assert objective.choice(gated, independent) == "Exact()"
+    assert "do not depend on codes drawn before" in objective.choice(gated, in_turn)
+
+
+def test_a_structured_law_is_not_carried_by_moments() -> None:
+    y = torch.randn(5, 2)
+    law = StructuredSpikeAndSlab(
+        torch.zeros(5, 2), torch.zeros(5, 2), torch.ones(5, 2), torch.zeros(2, 2)
+    )
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            prior = SpikeAndSlab(dist.Normal(torch.zeros(2), 1.0), 0.5).to_event(1)
+            pyro.sample("obs", dist.Normal(pyro.sample("codes", prior), 1.0).to_event(1), obs=y)
+
+    def guide(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            pyro.sample("codes", law)
+
+    with pytest.raises(NotImplementedError, match="got StructuredSpikeAndSlab at site 'codes'"):
+        SparseELBO(Exact()).loss(model, guide, y)
+    objective = SparseELBO()
+    objective.loss(model, guide, y)
+    assert objective.choice(model).startswith("ImplicitMixed(limit=50.0), since Exact needs codes")
+
+
+def test_the_choice_is_said_after_fit_and_an_objective_can_be_copied() -> None:
+    dictionary = Dense(4, 3)
+    model = SparseCoding(dictionary, Gaussian(0.5), SpikeAndSlab(dist.Normal(0.0, 1.0), 0.3))
+    guide = Thresholded(Heads(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), 4, 4))
+    objective = SparseELBO()
+    with pytest.raises(ValueError, match="that this objective has been evaluated for"):
+        objective.choice(model)
+    fit(model, guide, torch.randn(20, 3), loss=objective, epochs=1, progress=False)
+    assert objective.choice(model) == objective.choice(model, guide) == "Exact()"
+    again = pickle.loads(pickle.dumps(objective))
+    y = torch.randn(3, 3)
+    assert again.loss(model, guide, y) == copy.deepcopy(objective).loss(model, guide, y)
+
+
+def test_exact_takes_no_draws_and_other_bounds_take_several() -> None:
+    with pytest.raises(ValueError, match=r"no num_samples with Exact\(\)"):
+        SparseELBO(Exact(), num_samples=5)
+    counts = []
+
+    def counted(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("a", SpikeAndSlab(dist.Normal(torch.zeros(2), 1.0), 0.5).to_event(1))
+            counts.append(z.shape)
+            pyro.sample("obs", dist.Normal(z, 0.5).to_event(1), obs=y)
+
+    def guide(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            pyro.sample("a", SpikeAndSlab(dist.Normal(torch.zeros(2), 0.5), 0.5).to_event(1))
+
+    SparseELBO(bound=Importance()).loss(counted, guide, torch.randn(6, 2))
+    assert counts[-1] == (10, 6, 2)
