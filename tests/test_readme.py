@@ -1,9 +1,13 @@
 import json
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
+import pyro
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +23,23 @@ def test_readme_examples_run_and_find_the_atoms(capsys: pytest.CaptureFixture[st
     assert float(re.findall(r"[\d.]+", recovered)[0]) > 0.99
     assert gap.endswith("tensor(True)")
     assert isinstance(names["dictionary"].atoms, torch.Tensor)  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_page_on_posteriors_runs_and_knows_which_codes_are_active() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/posteriors.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of k-hat, about some data
+        exec(compile("".join(blocks), "posteriors.md", "exec"), names)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        trace = pyro.poutine.trace(names["model"]).get_trace(num_data=500)
+        fresh, codes = trace.nodes["obs"]["value"], trace.nodes["codes"]["value"]
+        found = names["guide"].posterior(fresh).prob_active
+    active = codes != 0
+    assert roc_auc_score(active.flatten(), found.flatten()) > 0.8
+    assert abs(found.mean() - active.float().mean()) < 0.05
 
 
 def test_readme_numbers_are_those_of_the_committed_run() -> None:

@@ -38,6 +38,10 @@ class Mean(Bound):
 
     Args:
         sampled_kl: Estimate the KL from the draws too, for laws without a closed form.
+
+    Example:
+        >>> Mean()(torch.tensor([[-2.0], [-4.0]]))
+        tensor([-3.])
     """
 
     sampled_kl: bool = False
@@ -67,6 +71,12 @@ class BestOf(Bound):
 
     References:
         Fallah & Rozell (2022), ICML, PMLR 162:6034-6058.
+
+    Example:
+        >>> BestOf(as_published=True)(torch.tensor([[-2.0], [-4.0]]))
+        tensor([-2.])
+        >>> BestOf()(torch.tensor([[-2.0], [-4.0]]))
+        tensor([-2.6931])
     """
 
     as_published: bool = False
@@ -89,6 +99,10 @@ class Importance(Bound):
 
     References:
         Burda, Grosse & Salakhutdinov (2016), ICLR, eq. (8).
+
+    Example:
+        >>> Importance()(torch.tensor([[-2.0], [-4.0]]))
+        tensor([-2.5662])
     """
 
     weighted = True
@@ -116,6 +130,10 @@ class Renyi(Bound):
 
     References:
         Li & Turner (2016), NeurIPS 29, eq. (8).
+
+    Example:
+        >>> Renyi(0.5)(torch.tensor([[-2.0], [-4.0]]))
+        tensor([-2.7598])
     """
 
     order: float

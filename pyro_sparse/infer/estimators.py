@@ -118,6 +118,10 @@ class Exact(Estimator):
     For predictors that are affine in the codes, and families with a registered
     ``expected_log_prob``: Gaussian, and Poisson with a logarithmic link where the law's moment
     generating function exists. It has no variance. A model that is not affine is refused by name.
+
+    Example:
+        >>> from pyro_sparse.infer import SparseELBO
+        >>> objective = SparseELBO(Exact())
     """
 
     num_draws = 1
@@ -153,6 +157,10 @@ class ImplicitMixed(Estimator):
 
     References:
         Figurnov, Mohamed & Mnih (2018), NeurIPS 31, eq. (5), here for a law with an atom.
+
+    Example:
+        >>> from pyro_sparse.infer import SparseELBO
+        >>> objective = SparseELBO(ImplicitMixed(limit=20.0))
     """
 
     limit: float = 50.0
@@ -215,6 +223,10 @@ class LeaveOneOut(Estimator):
 
     References:
         Kool, van Hoof & Welling (2019), ICLR workshop; Salimans & Knowles (2014), sec. 3.
+
+    Example:
+        >>> from pyro_sparse.infer import SparseELBO
+        >>> objective = SparseELBO(LeaveOneOut(), num_samples=4)
     """
 
     num_draws = 2
@@ -247,6 +259,10 @@ class LocalExpectation(Estimator):
 
     References:
         Titsias & Lazaro-Gredilla (2015), NeurIPS 28, eq. (4).
+
+    Example:
+        >>> from pyro_sparse.infer import SparseELBO
+        >>> objective = SparseELBO(LocalExpectation(chunk=64))
     """
 
     chunk: int | None = None
@@ -324,6 +340,10 @@ class DisARM(Estimator):
 
     References:
         Dong, Mnih & Tucker (2020), NeurIPS 33, eq. (7).
+
+    Example:
+        >>> from pyro_sparse.infer import SparseELBO
+        >>> objective = SparseELBO(DisARM(), num_samples=2)
     """
 
     num_draws = 2
@@ -382,6 +402,10 @@ class ControlVariate(Estimator):
     References:
         Tucker et al. (2017), NeurIPS 30; Grathwohl et al. (2018), ICLR; Gu et al. (2016), ICLR
         (MuProp), eq. (6), for the linearisation.
+
+    Example:
+        >>> from pyro_sparse.infer import SparseELBO
+        >>> objective = SparseELBO(ControlVariate())
     """
 
     leading = True

@@ -37,6 +37,12 @@ class StraightThrough(Estimator):
     References:
         Fallah & Rozell (2022), ICML, PMLR 162:6034-6058, fig. 1; the released form is their
         repository's after January 2022.
+
+    Example:
+        >>> from pyro_sparse.infer import BestOf, SparseELBO
+        >>> objective = SparseELBO(
+        ...     StraightThrough(), num_samples=20, bound=BestOf(as_published=True), base_kl=True
+        ... )
     """
 
     as_released: bool = False
@@ -77,6 +83,10 @@ class SubGradient(Estimator):
     References:
         Fallah & Rozell (2022), ICML, PMLR 162:6034-6058 (their comparison). The released code
         multiplies the noise by its scale twice here; this does not.
+
+    Example:
+        >>> from pyro_sparse.infer import SparseELBO
+        >>> objective = SparseELBO(SubGradient(), num_samples=20)
     """
 
     noise: float | Scheduled = 1.0
@@ -114,6 +124,11 @@ class Concrete(Estimator):
 
     References:
         Maddison, Mnih & Teh (2017), ICLR; Tonolini, Jensen & Murray-Smith (2019), UAI.
+
+    Example:
+        >>> from pyro_sparse.infer import ExponentialDecay, Scheduled, SparseELBO
+        >>> temperature = Scheduled(ExponentialDecay(1.0, 0.9995, floor=0.5))
+        >>> objective = SparseELBO(Concrete(temperature))
     """
 
     temperature: float | Scheduled = 0.5
