@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from pyro_sparse.dictionaries.base import check_shape, check_sizes
 from pyro_sparse.distributions import Law, check_prior, codes_prior
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.infer.numbers import check_real
+from pyro_sparse.ops import check_tensor
 from pyro_sparse.solvers import Unrolled
 from pyro_sparse.solvers.problem import Problem
 
@@ -29,8 +30,9 @@ class Heads(nn.Module):
             ``SpikeAndSlabPosterior().names`` (default).
 
     Raises:
-        TypeError: If ``network`` is no module.
-        ValueError: If a size is not positive, or ``names`` are no names, each once.
+        TypeError: If ``network`` is no module, or a name no string.
+        ValueError: If a size is not positive, or ``names`` are no names for parts of a module, each
+            once.
 
     References:
         Fallah & Rozell (2022), ICML, PMLR 162:6034-6058: an MLP 256-512-1024-512-256 with a linear
@@ -57,6 +59,7 @@ class Heads(nn.Module):
             raise TypeError(f"Expected network to be a module, got {type(network).__name__}.")
         if isinstance(names, str) or not names or len(set(names)) != len(names):
             raise ValueError(f"Expected different names of parameters, got {names!r}.")
+        _check_parts(names)
         self.network = network
         self.num_features = num_features
         self.code_shape = shape
@@ -68,9 +71,18 @@ class Heads(nn.Module):
         """Parameters of the posterior of each datum, ``(n, *code_shape)`` each.
 
         Raises:
-            ValueError: If the network's output has another shape than ``(n, num_features)``.
+            ValueError: If the network does not take data of this shape, or its output has another
+                shape than ``(n, num_features)``.
         """
-        features = self.network(y)
+        try:
+            features = self.network(y)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # a full memory, say
+                raise
+            raise ValueError(
+                f"Expected data that the network takes, got shape {tuple(y.shape)}, on which it "
+                f"fails: {error}"
+            ) from error
         if tuple(features.shape) != (len(y), self.num_features):
             raise ValueError(
                 f"Expected features of shape (n, num_features) = ({len(y)}, {self.num_features}) "
@@ -204,14 +216,15 @@ class UnrolledEncoder(nn.Module):
 class PerDatum(nn.Module):
     """Parameters of their own for every datum of one data set: no encoder, but what stands in one.
 
-    ``Thresholded.refine`` makes it. It takes all of its data at once, in their order: a minibatch
+    ``refine`` of a guide makes it. It takes all of its data at once, in their order: a minibatch
     has no index by which its data could be told.
 
     Args:
         parameters: Starting values by name, each ``(n, atoms, *positions)``.
 
     Raises:
-        ValueError: If they are not of one shape.
+        TypeError: If ``parameters`` is no dict from name to floating tensor.
+        ValueError: If they are not of one shape, or a name is none for a part of a module.
 
     Example:
         >>> from pyro_sparse.guides import DensePosterior, Thresholded
@@ -222,6 +235,14 @@ class PerDatum(nn.Module):
 
     def __init__(self, parameters: dict[str, Tensor]) -> None:
         super().__init__()
+        if not isinstance(parameters, dict):
+            raise TypeError(
+                "Expected parameters to be a dict from name to tensor, such as {'loc': ...}, got "
+                f"{type(parameters).__name__}."
+            )
+        _check_parts(parameters)
+        for name, values in parameters.items():
+            check_tensor(name, values)
         shapes = {name: tuple(values.shape) for name, values in parameters.items()}
         if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) < 2:
             raise ValueError(f"Expected parameters (n, atoms, *positions) alike, got {shapes}.")
@@ -243,6 +264,19 @@ class PerDatum(nn.Module):
                 f"Expected the {size} data that this posterior belongs to, got {len(y)}."
             )
         return emitted
+
+
+def _check_parts(names: Iterable[object]) -> None:
+    """Refuse names that a module cannot give to its parts."""
+    taken = nn.ModuleDict()
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"Expected names of parameters as strings, got {name!r}.")
+        if not name or "." in name or hasattr(taken, name):
+            raise ValueError(
+                f"Expected names of parameters without dots that no module has taken, got {name!r}."
+                " Try SpikeAndSlabPosterior().names."
+            )
 
 
 def _energy(dictionary: Dictionary, synthesis: LinearMap, y: Tensor, mask: Tensor | None) -> Tensor:

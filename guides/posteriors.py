@@ -26,6 +26,18 @@ class Posterior(Protocol):
 
     Attributes:
         names: Names of the parameters that an encoder has to emit.
+
+    Example:
+        >>> class HalfNormal(nn.Module):  # a family of one's own
+        ...     names = ("log_scale", "logits")
+        ...     def forward(self, parameters):
+        ...         slab = dist.HalfNormal(parameters["log_scale"].exp())
+        ...         return SpikeAndSlab(slab, logits=parameters["logits"])
+        >>> from pyro_sparse.guides import Heads, Thresholded
+        >>> family = HalfNormal()
+        >>> encoder = Heads(nn.Linear(5, 16), 16, code_shape=8, names=family.names)
+        >>> Thresholded(encoder, family).posterior(torch.randn(3, 5)).prob_active.shape
+        torch.Size([3, 8])
     """
 
     names: tuple[str, ...]
@@ -133,14 +145,30 @@ class ThresholdPosterior(nn.Module):
         self.one_sided = one_sided
 
     def forward(self, parameters: dict[str, Tensor]) -> ShiftedThresholded | SoftThresholded:
-        """Law of the codes."""
+        """Law of the codes.
+
+        Raises:
+            TypeError: If the threshold's module returns no tensor.
+            ValueError: If the threshold's shape does not fit the codes.
+        """
         loc = parameters["loc"]
         base = self.base(loc, _scale(parameters))
         threshold = self.threshold
         if isinstance(threshold, nn.Module):
             threshold = threshold()
+        if not isinstance(threshold, Tensor):
+            raise TypeError(
+                "Expected the threshold's module to return a tensor, got "
+                f"{type(threshold).__name__}. Try Rate(0.25, num_atoms={loc.shape[1]})."
+            )
+        shape = tuple(threshold.shape)
         if threshold.dim() == 1:  # one per atom, shared by its positions
             threshold = threshold.reshape(-1, *[1] * (loc.dim() - 2))
+        if not _broadcasts(threshold.shape, loc.shape):
+            raise ValueError(
+                f"Expected a threshold of shape () or (atoms,) = ({loc.shape[1]},), or one that "
+                f"broadcasts to a datum's codes {tuple(loc.shape[1:])}, got {shape}."
+            )
         threshold = threshold.to(loc)
         if self.soft:
             return SoftThresholded(base, threshold, one_sided=self.one_sided)
@@ -154,7 +182,9 @@ class GammaThresholdPosterior(nn.Module):
     b))^{-\alpha}`: no draw of the threshold, no KL of it, and a tighter bound; the model's prior is
     any ``SpikeAndSlab``, or ``GammaThresholded`` as the published prior integrated out. Sampled, as
     published, the guide has a site ``"threshold"`` in the plate of the codes, which the model must
-    have too: ``SparseCoding(..., threshold=dist.Gamma(3.0, 3.0 / mean))``. An encoder emits
+    have too: ``SparseCoding(..., threshold=dist.Gamma(3.0, 3.0 / mean))``. Such a model in turn is
+    served with ``sampled=True`` alone; with the threshold integrated out it would lack the site in
+    the guide, so give it the prior ``GammaThresholded`` in place of ``threshold``. An encoder emits
     ``loc``, ``log_scale``, ``log_concentration`` and ``log_rate``; the last two are clipped to
     (1e-6, 1e6) as published.
 
@@ -252,6 +282,12 @@ def _fixed(threshold: Any) -> Tensor:
     if not bool(((value >= 0) & value.isfinite()).all()):
         raise ValueError(f"Expected threshold >= 0 and finite (code units), got {threshold}.")
     return value.detach().clone()
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(to))
+    )
 
 
 def _scale(parameters: dict[str, Tensor]) -> Tensor:

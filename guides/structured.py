@@ -7,13 +7,18 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer import ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_sparse.distributions.structured import StructuredSpikeAndSlab
+from pyro_sparse.guides.emission import check_parts, emit
+from pyro_sparse.guides.refinement import refine
 from pyro_sparse.infer.bundle import register_savable
+from pyro_sparse.infer.elbo import SparseELBO
+from pyro_sparse.infer.estimators import LeaveOneOut
+from pyro_sparse.infer.phases import Optimizer
 from pyro_sparse.infer.store import claim_names
-from pyro_sparse.likelihoods import check_data
 from pyro_sparse.ops import check_tensor
 
 NAMES = ("loc", "log_scale", "logits")
@@ -90,17 +95,13 @@ class StructuredThresholded(PyroModule):
         rest: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(encoder, nn.Module):
-            raise TypeError(f"Expected encoder to be a module, got {type(encoder).__name__}.")
+        check_parts(encoder, rest, NAMES)
         check_tensor("couplings", couplings)
         if couplings.dim() != 2 or couplings.shape[0] != couplings.shape[1]:
             raise ValueError(
                 f"Expected couplings of shape (atoms, atoms), got {tuple(couplings.shape)}. "
                 "Try atoms @ atoms.T, or torch.zeros(num_atoms, num_atoms)."
             )
-        if rest is not None and not callable(rest):
-            raise TypeError(f"Expected rest to be a guide of the other sites, got {rest!r}.")
-        _check_names(getattr(encoder, "names", NAMES))
         self.encoder = encoder
         self.couplings = Couplings(couplings)
         self.rest = rest
@@ -119,7 +120,7 @@ class StructuredThresholded(PyroModule):
         claim_names(self)
         if self.rest is not None:
             self.rest(y, num_data, **({} if mask is None else {"mask": mask}))
-        law = self._law(y, mask, num_data)
+        law = self._law(self.parameters_of(y, mask, num_data=num_data))
         index = torch.arange(len(y), device=y.device)
         with pyro.plate("data", num_data or len(y), subsample=index):
             return pyro.sample("codes", law)
@@ -129,47 +130,91 @@ class StructuredThresholded(PyroModule):
 
         Which codes are active, and with what probability, is ``.marginals(num_samples)``, by Monte
         Carlo; ``.given(codes)`` is the law of each code given those before it.
+        """
+        return self._law(self.parameters_of(y, mask))
+
+    def parameters_of(
+        self, y: Tensor, mask: Tensor | None = None, *, num_data: int | None = None
+    ) -> dict[str, Tensor]:
+        """What the encoder emits for a batch, by name, each ``(n, atoms)``.
 
         Raises:
             TypeError: If ``y`` is not a floating tensor of the parameters' dtype.
             RuntimeError: If it is on another device.
             ValueError: If a parameter is missing, or has another shape than ``(n, atoms)``.
         """
-        return self._law(y, mask)
-
-    def _law(
-        self, y: Tensor, mask: Tensor | None, num_data: int | None = None
-    ) -> StructuredSpikeAndSlab:
-        couplings = self.couplings()
-        dims = y.dim() - 1 if isinstance(y, Tensor) else 1
-        y, mask = check_data(y, mask, num_data, max(dims, 1), couplings)
-        emitted = self.encoder(y, mask)
-        if not isinstance(emitted, dict):
-            raise TypeError(
-                "Expected the encoder to return a dict from parameter name to tensor, got "
-                f"{type(emitted).__name__}. Heads(network, ...) makes one of a network."
-            )
-        _check_names(emitted)
-        shapes = {name: tuple(emitted[name].shape) for name in (*NAMES, "codes") if name in emitted}
-        if set(shapes.values()) != {(len(y), len(couplings))}:
+        like = self.couplings.weight
+        emitted = emit(
+            self.encoder, y, mask, NAMES, like=like, num_data=num_data, optional=("codes",)
+        )
+        expected = (len(y), len(like))
+        if tuple(emitted["loc"].shape) != expected:
             raise ValueError(
-                f"Expected parameters of shape (n, atoms) = {(len(y), len(couplings))}, got "
-                f"{shapes}. Codes with positions need guides.Thresholded."
+                f"Expected parameters of shape (n, atoms) = {expected}, got "
+                f"{tuple(emitted['loc'].shape)}. Codes with positions need guides.Thresholded."
             )
+        return emitted
+
+    def refine(
+        self,
+        model: Callable[..., Any],
+        y: Tensor,
+        *,
+        mask: Tensor | None = None,
+        num_steps: int = 200,
+        loss: ELBO | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> StructuredThresholded:
+        """Posterior of each datum for itself, starting from what the encoder emits.
+
+        As ``Thresholded.refine``; the couplings, which all data share, are held. What moves are the
+        parameters of the law itself: of an encoder with ``"codes"`` these are absorbed.
+
+        Args:
+            model: Generative program, held still.
+            y: Data, shape ``(n, *signal_shape)``.
+            mask: True where a sample was observed.
+            num_steps: Steps of the optimiser, ``>= 1``.
+            loss: Objective; default ``SparseELBO(LeaveOneOut(), num_samples=4)``.
+            optimizer: Makes an optimiser of the parameters; default Adam with a learning rate of
+                0.03, which in the last quarter falls to zero.
+
+        Returns:
+            A guide of these data alone, in this order, whose encoder is a ``PerDatum``; with the
+            same sites and copies of ``couplings`` and ``rest``, whose parameters did not move.
+
+        Raises:
+            TypeError: If ``model`` is no program, or ``loss`` has no gradient of its own (is none
+                of Pyro's ELBOs).
+
+        References:
+            Kim et al. (2018), ICML, PMLR 80:2678-2687.
+        """
+
+        def start() -> dict[str, Tensor]:
+            emitted = self.parameters_of(y, mask)
+            law = self._law(emitted)
+            return {"loc": law.loc, "log_scale": emitted["log_scale"], "logits": law.logits}
+
+        return refine(
+            self,
+            start,
+            model,
+            y,
+            mask=mask,
+            num_steps=num_steps,
+            loss=SparseELBO(LeaveOneOut(), num_samples=4) if loss is None else loss,
+            optimizer=optimizer,
+            learning_rate=0.03,  # 0.1 overshoots: couplings carry a step to the later codes
+        )
+
+    def _law(self, emitted: dict[str, Tensor]) -> StructuredSpikeAndSlab:
+        couplings = self.couplings()
         loc, scale, logits = emitted["loc"], emitted["log_scale"].exp(), emitted["logits"]
         if "codes" in emitted:
             logits = logits - (loc / scale).square() / 2
             loc = loc + emitted["codes"] @ couplings.mT
         return StructuredSpikeAndSlab(logits, loc, scale, couplings)
-
-
-def _check_names(emitted: Any) -> None:
-    missing = [name for name in NAMES if name not in emitted]
-    if missing:
-        raise ValueError(
-            f"Expected the encoder to emit {list(NAMES)}, but {missing} are missing: it emits "
-            f"{sorted(emitted)}."
-        )
 
 
 register_savable(

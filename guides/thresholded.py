@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pyro
@@ -12,19 +10,14 @@ import torch
 from pyro.infer import ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from pyro_sparse.guides.encoders import PerDatum
+from pyro_sparse.guides.emission import check_parts, emit
 from pyro_sparse.guides.posteriors import SpikeAndSlabPosterior
+from pyro_sparse.guides.refinement import refine
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.infer.elbo import SparseELBO
-from pyro_sparse.infer.numbers import check_whole
 from pyro_sparse.infer.phases import Optimizer
-from pyro_sparse.infer.programs import kept
 from pyro_sparse.infer.store import claim_names
-from pyro_sparse.likelihoods import check_data
-
-_adam = partial(torch.optim.Adam, lr=0.1)
 
 
 class Thresholded(PyroModule):
@@ -74,21 +67,12 @@ class Thresholded(PyroModule):
     ) -> None:
         super().__init__()
         family = SpikeAndSlabPosterior() if family is None else family
-        if not isinstance(encoder, nn.Module):
-            raise TypeError(f"Expected encoder to be a module, got {type(encoder).__name__}.")
         if not callable(family) or not hasattr(family, "names") or isinstance(family, type):
             raise TypeError(
                 "Expected family to be a posterior with names and a call, such as "
                 f"SpikeAndSlabPosterior(), got {family!r}."
             )
-        if rest is not None and not callable(rest):
-            raise TypeError(
-                "Expected rest to be a guide of the other sites, such as an AutoNormal, got "
-                f"{type(rest).__name__}."
-            )
-        emitted = getattr(encoder, "names", None)
-        if emitted is not None:
-            _check_names(emitted, family.names)
+        check_parts(encoder, rest, family.names)
         self.encoder = encoder
         self.family = family
         self.rest = rest
@@ -130,27 +114,7 @@ class Thresholded(PyroModule):
             ValueError: If a parameter of the family is missing, or has another shape.
         """
         like = next((p for p in self.encoder.parameters() if p.is_floating_point()), None)
-        dims = y.dim() - 1 if isinstance(y, Tensor) else 1
-        y, mask = check_data(y, mask, num_data, max(dims, 1), like)
-        parameters = self.encoder(y, mask)
-        if not isinstance(parameters, dict):
-            raise TypeError(
-                "Expected the encoder to return a dict from parameter name to tensor, got "
-                f"{type(parameters).__name__}. Heads(network, ...) makes one of a network."
-            )
-        _check_names(parameters, self.family.names)
-        for name in self.family.names:
-            if not isinstance(parameters[name], Tensor):
-                raise TypeError(
-                    f"Expected {name!r} to be a tensor, got {type(parameters[name]).__name__}."
-                )
-        shapes = {name: tuple(parameters[name].shape) for name in self.family.names}
-        shape = next(iter(shapes.values()))
-        if len(set(shapes.values())) != 1 or len(shape) < 2 or shape[0] != len(y):
-            raise ValueError(
-                f"Expected parameters of one shape (n={len(y)}, atoms, *positions), got {shapes}."
-            )
-        return parameters
+        return emit(self.encoder, y, mask, self.family.names, like=like, num_data=num_data)
 
     def refine(
         self,
@@ -183,45 +147,28 @@ class Thresholded(PyroModule):
             same sites and copies of ``family`` and ``rest``, whose parameters did not move.
 
         Raises:
-            TypeError: If ``loss`` has no gradient of its own (is none of Pyro's ELBOs).
+            TypeError: If ``model`` is no program, or ``loss`` has no gradient of its own (is none
+                of Pyro's ELBOs).
 
         References:
             Kim et al. (2018), ICML, PMLR 80:2678-2687.
         """
-        check_whole("num_steps", num_steps, 1)
-        objective = SparseELBO() if loss is None else loss
-        if not hasattr(objective, "differentiable_loss"):
-            raise TypeError(
-                "Expected loss to be an ELBO, such as SparseELBO(LeaveOneOut()), got "
-                f"{type(objective).__name__}."
-            )
-        given = {} if mask is None else {"mask": mask}
-        store = pyro.get_param_store()
-        programs = [part for part in (self, model) if isinstance(part, nn.Module)]
-        with kept(nn.ModuleList(programs)), store.scope(store.get_state()):
-            with torch.no_grad():
-                emitted = self.parameters_of(y, mask)
-            table = PerDatum({name: emitted[name] for name in self.family.names})
-            # A copy of the whole, since Pyro lets no part that has run stand in another guide; an
-            # autoguide in it still knows the model itself.
-            refined = copy.deepcopy(self, {id(self.encoder): table, id(model): model})
-            moved = list(table.parameters())
 
-            def closure() -> Any:  # torch says float
-                chosen.zero_grad()
-                value = objective.differentiable_loss(model, refined, y, **given)
-                value.backward(inputs=moved)
-                return value
+        def start() -> dict[str, Tensor]:
+            emitted = self.parameters_of(y, mask)
+            return {name: emitted[name] for name in self.family.names}
 
-            chosen = (_adam if optimizer is None else optimizer)(moved)
-            schedule = LambdaLR(
-                chosen, lambda step: 1.0 if optimizer else min(1.0, 4 - 4 * step / num_steps)
-            )
-            for _ in range(num_steps):
-                chosen.step(closure)
-                schedule.step()
-            chosen.zero_grad()
-        return refined
+        return refine(
+            self,
+            start,
+            model,
+            y,
+            mask=mask,
+            num_steps=num_steps,
+            loss=SparseELBO() if loss is None else loss,
+            optimizer=optimizer,
+            learning_rate=0.1,
+        )
 
 
 def _sample(
@@ -235,15 +182,6 @@ def _sample(
     with pyro.plate("data", num_data or size, subsample=index):
         law = family(parameters)
         return pyro.sample("codes", law.to_event(like.dim() - 1))
-
-
-def _check_names(emitted: Any, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if name not in emitted]
-    if missing:
-        raise ValueError(
-            f"Expected the encoder to emit {list(names)}, but {missing} are missing: it emits "
-            f"{sorted(emitted)}. Heads takes names=family.names."
-        )
 
 
 register_savable(Thresholded, name="pyro_sparse.guides.Thresholded")

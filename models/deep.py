@@ -56,7 +56,8 @@ class DeepSparseCoding(CodesProgram):
         TypeError: If ``decoder`` is no module, ``prior`` is neither a distribution nor a callable
             with a rate or threshold, or another argument is of the wrong kind.
         ValueError: If a shape has no or empty dimensions, or ``prior``, ``rate`` or ``threshold``
-            is or holds a tensor that requires a gradient.
+            is or holds a tensor that requires a gradient, or draws of ``threshold`` may be
+            negative.
         NotImplementedError: If both ``rate`` and ``threshold`` are given.
 
     References:

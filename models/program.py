@@ -7,6 +7,7 @@ from numbers import Integral
 
 import pyro
 import torch
+from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -163,3 +164,19 @@ def _check_threshold(threshold: Law | None, prior: Prior, rate: object) -> None:
             "ShiftedThresholded(Laplace(0.0, 1.0), threshold)."
         )
     check_prior(threshold, has_rate=False)  # a law of constants
+    if _may_be_negative(threshold):
+        raise ValueError(
+            "Expected threshold to be a law of positive thresholds, such as Gamma(3.0, 12.0), got "
+            f"a {type(threshold).__name__}, whose draws may be negative."
+        )
+
+
+def _may_be_negative(law: Law) -> bool:
+    while isinstance(law, Independent | ExpandedDistribution | MaskedDistribution):
+        law = law.base_dist
+    if isinstance(law, Delta):  # its support is stated as all numbers
+        return bool((law.v < 0).any())
+    try:  # a number that is barely negative: an interval may begin anywhere
+        return bool(law.support.check(torch.tensor(-1e-6)).any())
+    except NotImplementedError:
+        return False  # no support is stated

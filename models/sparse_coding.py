@@ -57,7 +57,8 @@ class SparseCoding(CodesProgram):
         TypeError: If ``prior`` is neither a distribution nor a callable with a rate or threshold,
             or another argument is of the wrong kind.
         ValueError: If ``prior``, ``rate`` or ``threshold`` is or holds a tensor that requires a
-            gradient, or ``signal_shape`` does not fit the dictionary.
+            gradient, draws of ``threshold`` may be negative, or ``signal_shape`` does not fit the
+            dictionary.
         NotImplementedError: If both ``rate`` and ``threshold`` are given.
 
     References:

@@ -73,7 +73,8 @@ def to_datatree(
 
     ArviZ 1 takes the tree as it is. ArviZ 0.23 takes ``arviz.InferenceData.from_datatree(tree)``
     for ``arviz.summary``, ``arviz.loo`` (without the guide's correction; ``diagnostics.loo`` has
-    it) and plots; ``arviz.plot_loo_pit`` needs ``per_observation=True``. ``tree.to_netcdf(path)`` writes a file.
+    it) and plots; ``arviz.plot_loo_pit`` needs ``per_observation=True``. ``tree.to_netcdf(path)``
+    writes a file.
 
     The memory of all groups is logged at level ``INFO``, and compared with ``max_bytes``, before
     any of it is taken; runs need some hundred megabytes besides, or what ``chunk_size`` makes

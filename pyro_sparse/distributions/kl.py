@@ -97,7 +97,7 @@ def kl_slabs(q: Any, p: Any) -> Tensor:
         ValueError: If ``q`` is two-sided and ``p`` one-sided.
         NotImplementedError: If none is registered for their types.
     """
-    if sidedness(q) == "two-sided" != sidedness(p):
+    if sidedness(q) == "two-sided" and sidedness(p) != "two-sided":
         raise ValueError(
             f"Expected slabs of one support, got a two-sided {type(q).__name__} against a "
             f"{sidedness(p)} {type(p).__name__}: the divergence is infinite. Use a one-sided slab "

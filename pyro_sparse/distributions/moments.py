@@ -88,6 +88,25 @@ class Carrier(Tensor):
         return repr(self)
 
 
+class Untouched(Carrier):
+    """Codes of a guide that are known by their law alone: whatever is done with them is refused.
+
+    A guide that has run with these in place of its draws has made nothing else of them.
+
+    Args:
+        law: Their law, with its wrappers.
+    """
+
+    rules: dict[Any, Callable[..., Any]] = {}
+
+    @staticmethod
+    def __new__(cls: type, law: Any) -> Any:  # noqa: D102
+        return _empty(cls, law.mean.expand(law.shape()), False)
+
+    def __init__(self, law: Any) -> None:
+        pass
+
+
 class Moments(Carrier):
     r"""An array of random numbers, known by its moments: codes, or what is affine in them.
 

@@ -53,7 +53,8 @@ class RelaxedSpikeAndSlab(TorchDistribution):
     Raises:
         TypeError: If ``slab`` is no distribution, or a parameter no number.
         ValueError: If not exactly one of ``probs`` and ``logits`` is given, a parameter is out of
-            range, shapes do not broadcast, or the support of the slab is neither the reals nor what lies above zero.
+            range, shapes do not broadcast, or the support of the slab is neither the reals nor what
+            lies above zero.
 
     References:
         Maddison, Mnih & Teh (2017), ICLR, sec. 3; Tonolini, Jensen & Murray-Smith (2020), UAI.

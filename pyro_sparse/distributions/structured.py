@@ -130,6 +130,21 @@ class StructuredSpikeAndSlab(TorchDistribution):
         self.couplings = couplings  # not expanded: one matrix product serves the whole batch
         super().__init__(shape[:-1], shape[-1:], validate_args=validate_args)
 
+    @property
+    def prob_active(self) -> Tensor:
+        """No closed form: ``marginals(num_samples).prob_active`` estimates it."""
+        raise _no_closed_form("prob_active")
+
+    @property
+    def mean(self) -> Tensor:
+        """No closed form: ``marginals(num_samples).mean`` estimates it."""
+        raise _no_closed_form("mean")
+
+    @property
+    def variance(self) -> Tensor:
+        """No closed form: ``marginals(num_samples).variance`` estimates it."""
+        raise _no_closed_form("variance")
+
     def given(self, value: Tensor) -> SpikeAndSlab:
         """Law of every code given the values of those before it, elementwise.
 
@@ -265,6 +280,13 @@ class StructuredSpikeAndSlab(TorchDistribution):
             column = self.couplings[..., k + 1 :, k]
             shift = shift[..., 1:] + value.unsqueeze(-1) * column
         return torch.stack(values, -1)
+
+
+def _no_closed_form(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"The {name} of dependent codes has no closed form: marginals(num_samples).{name} "
+        "estimates it, and given(codes) is the law of each code given those before it."
+    )
 
 
 def _conditional(logits: Tensor, loc: Tensor, scale: Tensor, shift: Tensor) -> SpikeAndSlab:

@@ -122,11 +122,12 @@ class Renyi(Bound):
     it is a lower bound in expectation for :math:`0 \le \alpha < 1`.
 
     Args:
-        order: :math:`\alpha`, a number other than 1.
+        order: :math:`\alpha`, a number not within 0.001 of 1. Below 0 it estimates the evidence
+            from above.
 
     Raises:
         TypeError: If it is no real number.
-        ValueError: If it is 1 (use ``Mean``) or not finite.
+        ValueError: If it is close to 1 (use ``Mean``) or not finite.
 
     References:
         Li & Turner (2016), NeurIPS 29, eq. (8).
@@ -142,10 +143,10 @@ class Renyi(Bound):
     def __post_init__(self) -> None:
         if not isinstance(self.order, Real) or isinstance(self.order, bool):
             raise TypeError(f"Expected order to be a real number, got {self.order!r}.")
-        if self.order == 1 or not math.isfinite(self.order):
+        if abs(self.order - 1) < 1e-3 or not math.isfinite(self.order):
             raise ValueError(
-                f"Expected a finite order other than 1, got {self.order}. Order 1 is the KL: use "
-                "Mean()."
+                f"Expected a finite order at least 0.001 away from 1, got {self.order}. Order 1 is "
+                "the KL: use Mean(). Close to it all digits are lost."
             )
 
     def __call__(self, terms: Tensor) -> Tensor:  # noqa: D102

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_sparse.distributions.mixed import Mixed
+from pyro_sparse.distributions.moments import NotAffine
 from pyro_sparse.infer.bounds import Bound, Mean
 from pyro_sparse.infer.estimators import (
     Estimator,
@@ -32,13 +33,15 @@ from pyro_sparse.infer.integrand import (
     Integrand,
     Layout,
     ModelSite,
+    Part,
     Terms,
+    check_plates,
     guess_num_plates,
     is_gated,
     is_scored,
     leaf,
+    plates_of,
     run_guide,
-    sum_to,
 )
 from pyro_sparse.infer.numbers import check_whole
 from pyro_sparse.infer.programs import Apart
@@ -151,6 +154,7 @@ class SparseELBO(ELBO):
         self.num_plates = num_plates
         self._known: _Pairs = weakref.WeakKeyDictionary()
         self._last: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+        self._auxiliary = False
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of programs belongs to this process; it is found out again.
@@ -172,8 +176,11 @@ class SparseELBO(ELBO):
         """
         if self.estimator is not None:
             return repr(self.estimator)
-        pairs = self._known.get(_user_program(model), {})
-        known = self._last.get(_user_program(model)) if guide is None else pairs.get(guide)
+        pairs: Any = self._known.get(_user_program(model), {})
+        if guide is None:
+            known = self._last.get(_user_program(model))
+        else:
+            known = pairs.get(_user_program(guide))
         if known is None:
             raise ValueError(
                 "Expected a model and a guide that this objective has been evaluated for."
@@ -203,26 +210,44 @@ class SparseELBO(ELBO):
             NotImplementedError: If the estimator does not serve the guide's laws, or ``Exact`` not
                 the model.
         """
-        pairs = self._known.setdefault(_user_program(model), weakref.WeakKeyDictionary())
-        known = pairs.get(_user_program(guide))
-        if known is None:
-            known = pairs[_user_program(guide)] = _Known(self.num_plates, self.estimator)
-        self._last[_user_program(model)] = known
-        if known.estimator is None:
+        known = self._remembered(model, guide)
+        if isinstance(self.estimator, Exact):
+            return -self._exact(known, model, guide, args, kwargs)
+        if self.estimator is not None:
+            return -self._sampled(known, self.estimator, model, guide, args, kwargs)
+        reason = known.reason
+        if not isinstance(known.estimator, ImplicitMixed):
+            state = torch.get_rng_state()
             try:
-                loss = -self._exact(known, Exact(), model, guide, args, kwargs)
+                loss = -self._exact(known, model, guide, args, kwargs)
             except (NotImplementedError, TypeError, AttributeError) as error:
                 # The last two: a program that looks at its codes closely. Were it a fault of the
                 # program's own, the run with draws would raise it again.
-                known.estimator, known.reason = ImplicitMixed(), str(error)
-                _LOG.info("SparseELBO uses %r: %s", known.estimator, error)
+                reason = str(error) or type(error).__name__
+                torch.set_rng_state(state)
             else:
+                if known.estimator is None:
+                    _LOG.info("SparseELBO uses Exact().")
                 known.estimator = Exact()
-                _LOG.info("SparseELBO uses Exact().")
                 return loss
-        if isinstance(known.estimator, Exact):
-            return -self._exact(known, known.estimator, model, guide, args, kwargs)
-        return -self._sampled(known, known.estimator, model, guide, args, kwargs)
+        loss = -self._sampled(known, ImplicitMixed(), model, guide, args, kwargs)
+        if not isinstance(known.estimator, ImplicitMixed):
+            known.estimator, known.reason = ImplicitMixed(), reason
+            _LOG.info("SparseELBO uses %r: %s", known.estimator, reason)
+        return loss
+
+    def _remembered(self, model: Program, guide: Program) -> _Known:
+        """What is known of two programs; nothing where they cannot be remembered."""
+        model, guide = _user_program(model), _user_program(guide)
+        try:
+            pairs = self._known.setdefault(model, weakref.WeakKeyDictionary())
+            known = pairs.get(guide)
+            if known is None:
+                known = pairs[guide] = _Known(self.num_plates, self.estimator)
+            self._last[model] = known
+        except TypeError:  # not hashable, or without weak references
+            known = _Known(self.num_plates, self.estimator)
+        return known
 
     def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("SparseELBO runs guide and model by handlers of its own.")
@@ -247,10 +272,11 @@ class SparseELBO(ELBO):
         for index, (name, site) in enumerate(sites.items()):
             layout.check(name, site.law, site.plates, first=index == 0)
         integrand = Integrand(model, args, kwargs, layout, subsamples)
+        self._auxiliary = any(site.auxiliary for site in sites.values())
         values = {name: site.draw.value for name, site in sites.items()}
         terms = integrand.run(values)
         scale = 1.0 if isinstance(self.bound, Mean) else _scale(sites, terms)
-        parts = self._parts(sites, terms, values, layout, scale)
+        parts = self._parts(sites, terms, values, layout, scale, check=True)
         gated = {name: site for name, site in sites.items() if is_scored(site.law)}
 
         def cost(anew: dict[str, Tensor]) -> Parts:
@@ -287,16 +313,17 @@ class SparseELBO(ELBO):
 
     def _bound(self, parts: Parts, sites: dict[str, GuideSite], layout: Layout) -> Tensor:
         if isinstance(self.bound, Mean):
-            means = [part.mean(0).sum() for part in parts]
+            means = [part.value.mean(0).sum() for part in parts]
             return torch.stack(means).sum() if means else torch.zeros(())
-        shapes = {site.cells(layout.num_plates + 1) for site in sites.values() if not site.shared}
-        if len(shapes) != 1:
+        own = [site for site in sites.values() if not site.shared]
+        shapes = {site.cells(layout.num_plates + 1) for site in own}
+        if len(shapes) != 1 or any(site.plates != own[0].plates for site in own):
             raise NotImplementedError(
                 f"{self.bound!r} needs all latent sites in the same plates, got batch shapes "
                 f"{sorted(shape[1:] for shape in shapes)}. Use Mean()."
             )
         shape = shapes.pop()
-        reduced = [sum_to(part, shape) for part in parts]
+        reduced = [part.within(own[0].plates) for part in parts]
         if any(part.shape[1:] != torch.Size(shape[1:]) for part in reduced):
             raise NotImplementedError(
                 f"{self.bound!r} needs observed sites in the plates of the latent ones, "
@@ -313,17 +340,28 @@ class SparseELBO(ELBO):
         values: dict[str, Tensor],
         layout: Layout,
         scale: Any,
+        *,
+        check: bool = False,
     ) -> Parts:
         """Everything that stands inside plates, divided by the scale of the codes."""
-        parts = [
-            layout.cells(site.log_prob()) * (site.scale / scale) for site in terms.observed.values()
-        ]
+        parts = []
+
+        def add(name: str, value: Tensor, plates: dict[int, str], factor: Any) -> None:
+            if check:
+                draws = (-layout.num_plates - 1, layout.num_draws) if layout.leading else None
+                check_plates(name, value, plates, draws)
+            parts.append(Part(layout.cells(value) * factor, plates))
+
+        for name, observed in terms.observed.items():
+            if check:
+                _check_data(name, observed)
+            add(name, observed.log_prob(), observed.plates, observed.scale / scale)
         for name, site in sites.items():
             if not site.shared:
                 of_model = terms.latent.get(name)
                 relative = (site if of_model is None else of_model).scale / scale
                 value = self._latent(name, site, of_model, values[name])
-                parts.append(layout.cells(value) * (relative * float(self.kl_weight)))
+                add(name, value, site.plates, relative * float(self.kl_weight))
         return parts
 
     def _shared(self, sites: dict[str, GuideSite], terms: Terms) -> Tensor | float:
@@ -348,6 +386,17 @@ class SparseELBO(ELBO):
                 )
             return -scale_and_mask(law.log_prob(value), 1.0, site.mask)
         check_measures(name, law, prior.law)
+        if site.plates != prior.plates:
+            raise ValueError(
+                f"Expected site {name!r} in the same plates in guide and model, got "
+                f"{sorted(site.plates.values())} and {sorted(prior.plates.values())}."
+            )
+        point = isinstance(leaf(law), dist.Delta)
+        if point and self.bound.weighted and not self._auxiliary:
+            raise ValueError(
+                f"Expected a guide with a law at site {name!r}, got Delta: {self.bound!r} is made "
+                "of log-weights, and a point has none. Use Mean(), which then is the MAP loss."
+            )
         ratio = isinstance(leaf(law), dist.Delta) or (self.bound.weighted and not site.shared)
         if not ratio:
             try:
@@ -377,49 +426,53 @@ class SparseELBO(ELBO):
     # Without draws
 
     def _exact(
-        self,
-        known: _Known,
-        estimator: Exact,
-        model: Program,
-        guide: Program,
-        args: Any,
-        kwargs: Any,
+        self, known: _Known, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> Tensor:
         subsamples: dict[str, Any] = {}
         layout = Layout(1, 0, leading=False)
-        sites = run_guide(guide, args, kwargs, layout, _sample, subsamples)
-        carried = {name: site.law for name, site in sites.items() if is_gated(site.law)}
-        for name, law in carried.items():
-            if not isinstance(leaf(law), Mixed):
+        sites = None
+        if known.carried is None:
+            sites = run_guide(guide, args, kwargs, layout, _sample, subsamples)
+            known.carried = _carried(sites)
+        if known.carried:
+            try:
+                sites = run_guide(guide, args, kwargs, layout, _sample, subsamples, known.carried)
+            except NotAffine:
                 raise NotImplementedError(
-                    f"Exact needs codes that are independent given the data, with mean and "
-                    f"variance, got {type(leaf(law)).__name__} at site {name!r}. Use "
-                    "SparseELBO(LeaveOneOut(), num_samples=4)."
-                )
-        if not carried:  # dense codes are as good, where nothing else is to be carried
-            carried = _dense_codes(sites)
-        if known.independent is None and len(sites) > 1:
-            known.independent = _independent(guide, args, kwargs, layout, carried, subsamples)
-        if known.independent is False:
+                    "Exact needs a guide whose laws do not depend on codes drawn before. Use "
+                    "SparseELBO(estimator=ImplicitMixed())."
+                ) from None
+        elif sites is None:
+            sites = run_guide(guide, args, kwargs, layout, _sample, subsamples)
+        carried = {name: sites[name].law for name in known.carried}
+        self._auxiliary = any(site.auxiliary for site in sites.values())
+        scored = [n for n, site in sites.items() if n not in carried and is_scored(site.law)]
+        if scored:
             raise NotImplementedError(
-                "Exact needs laws of the guide that do not depend on codes drawn before. Use "
-                "SparseELBO(estimator=ImplicitMixed())."
+                "Exact carries codes that are independent given the data, and draws others "
+                f"pathwise; site {scored[0]!r} of the guide, a {type(leaf(sites[scored[0]].law)).__name__}, "
+                "is of neither kind. Use SparseELBO(estimator=LeaveOneOut())."
             )
         values: dict[str, Any] = {
             name: site.draw.value for name, site in sites.items() if name not in carried
         }
         expectation = expected_log_likelihood(model, carried, values | subsamples, args, kwargs)
         total = torch.zeros(())
-        for term in expectation.terms.values():
+        found: Any
+        for name, term in expectation.terms.items():
+            found = expectation.trace.nodes[name]
+            check_plates(name, term, plates_of(found["cond_indep_stack"]))
             total = total + term.sum()
         for name, site in sites.items():
             prior = None
-            if name in expectation.trace.nodes:
-                found = expectation.trace.nodes[name]
-                prior = ModelSite(found["fn"], None, found["scale"], found["mask"])
-            term = self._latent(name, site, prior, site.draw.value).sum()
-            scale = 1.0 if prior is None else prior.scale
-            total = total + term * (scale * float(self.kl_weight))
+            found = expectation.trace.nodes.get(name, {"is_observed": True})
+            if not found["is_observed"]:
+                plates = plates_of(found["cond_indep_stack"])
+                prior = ModelSite(found["fn"], None, found["scale"], found["mask"], plates)
+            value = self._latent(name, site, prior, site.draw.value)
+            check_plates(name, value, site.plates)
+            scale = (site if prior is None else prior).scale
+            total = total + value.sum() * (scale * float(self.kl_weight))
         return total
 
 
@@ -430,7 +483,7 @@ class _Known:
     num_plates: int | None
     estimator: Estimator | None
     reason: str = ""
-    independent: bool | None = None
+    carried: tuple[str, ...] | None = None
 
 
 def _user_program(program: Program) -> Program:
@@ -440,51 +493,39 @@ def _user_program(program: Program) -> Program:
 
 def _sample(law: Any, lead: tuple[int, ...]) -> Draw:
     """A draw that a guide goes on with, where expectations need none."""
-    value = law.sample(torch.Size(lead))
-    return Draw(value.requires_grad_() if torch.is_grad_enabled() else value)
+    return Draw(law.sample(torch.Size(lead)))
 
 
-def _dense_codes(sites: dict[str, GuideSite]) -> dict[str, Any]:
-    """The latent without an atom that can be carried by its moments; none in a guide of points.
+def _carried(sites: dict[str, GuideSite]) -> tuple[str, ...]:
+    """Sites that can be carried by their moments: all with independent gates, or one dense.
 
     Raises:
-        NotImplementedError: If there are several, which may depend on each other, an autoguide's,
-            or one without a pathwise draw, such as a discrete one.
+        NotImplementedError: If there are several dense ones, an autoguide's, or one without a
+            finite variance.
     """
+    gated = tuple(name for name, site in sites.items() if isinstance(leaf(site.law), Mixed))
+    if gated or any(is_scored(site.law) for site in sites.values()):
+        return gated
     in_plates = any(site.plates for site in sites.values())
     drawn = {
         name: site
         for name, site in sites.items()
         if bool(site.plates) == in_plates and not isinstance(leaf(site.law), dist.Delta)
     }
-    if len(drawn) > 1 or any(s.auxiliary or is_scored(s.law) for s in drawn.values()):
+    refused = len(drawn) > 1 or any(site.auxiliary for site in drawn.values())
+    if refused or not all(bool(s.law.variance.isfinite().all()) for s in drawn.values()):
         raise NotImplementedError(
-            "Exact carries one dense latent, or any number with an atom at zero, got "
-            f"{sorted(drawn)}. Use SparseELBO(estimator=ImplicitMixed())."
+            "Exact carries one dense latent with a finite variance, or any number with an atom at "
+            f"zero, got {sorted(drawn)}. Use SparseELBO(estimator=ImplicitMixed())."
         )
-    return {name: site.law for name, site in drawn.items()}
+    return tuple(drawn)
 
 
-def _independent(
-    guide: Program,
-    args: Any,
-    kwargs: Any,
-    layout: Layout,
-    carried: dict[str, Any],
-    subsamples: dict[str, Any],
-) -> bool:
-    """Whether no law of the guide is made of codes that are drawn, to be carried by moments."""
-    with torch.enable_grad(), torch.random.fork_rng():
-        sites = run_guide(guide, args, kwargs, layout, _sample, dict(subsamples))
-        drawn = [site.draw.value for name, site in sites.items() if name in carried]
-        drawn = [value for value in drawn if value.is_leaf and value.requires_grad]
-        for site in sites.values():
-            score = site.law.log_prob(site.draw.value.detach()).sum()
-            if drawn and score.requires_grad:
-                slopes = torch.autograd.grad(score, drawn, allow_unused=True)
-                if any(slope is not None for slope in slopes):
-                    return False
-    return True
+def _check_data(name: str, site: ModelSite) -> None:
+    """Refuse data with dimensions of their own: in a law of draws they would pass for draws."""
+    shape = tuple(site.value.shape) if isinstance(site.value, Tensor) else ()
+    event = len(site.law.event_shape)
+    check_plates(name, torch.empty(shape[: len(shape) - event], device="meta"), site.plates)
 
 
 def _check_pair(estimator: Estimator, bound: Bound) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor
 from pyro_sparse.distributions.mixed import Mixed
 from pyro_sparse.distributions.slabs import inner_value, log_cdf, log_survival, reaches_zero
 from pyro_sparse.infer.bounds import Bound, contributions
-from pyro_sparse.infer.integrand import Draw, GuideSite, is_gated, leaf, sum_to
+from pyro_sparse.infer.integrand import Draw, GuideSite, Part, is_gated, leaf
 from pyro_sparse.infer.numbers import check_whole
 
-Parts = list[Tensor]
+Parts = list[Part]
 """Terms of each draw, in nats, not scaled by plates, to be summed: each ``(J, *plates)``, with size
 one for plates that it does not stand in."""
 
@@ -55,7 +55,7 @@ class Sampled:
     @property
     def dims(self) -> int:
         """Dimensions of a part: one of draws and those of plates."""
-        return self.parts[0].dim()
+        return self.parts[0].value.dim()
 
     def terms(self, parts: Parts, site: GuideSite, count: int | None = None) -> Tensor:
         """Sum of all parts, for each plate cell of a site: ``(J, *plates)``, detached.
@@ -65,8 +65,7 @@ class Sampled:
             site: A gated site.
             count: Number of draws; by default ``num_draws``.
         """
-        shape = site.cells(self.dims)
-        first, *rest = (sum_to(part.detach(), shape) for part in parts)
+        first, *rest = (part.within(site.plates).detach() for part in parts)
         total = sum(rest, first)
         return total.expand(count or self.num_draws, *total.shape[1:])
 
@@ -289,11 +288,12 @@ class LocalExpectation(Estimator):
     def _check_cells(self, name: str, site: GuideSite, sampled: Sampled) -> None:
         cells = site.cells(sampled.dims)
         for part in sampled.parts[: sampled.observed]:
-            if any(part.shape[d] == 1 < cells[d] for d in range(1, sampled.dims)):
+            within = part.within(site.plates)
+            if any(within.shape[d] == 1 < cells[d] for d in range(1, sampled.dims)):
                 raise NotImplementedError(
                     f"LocalExpectation flips one code of each plate cell at a time: expected the "
                     f"observed sites in all plates of site {name!r}, {cells[1:]}, got one of shape "
-                    f"{tuple(part.shape[1:])}. Use .to_event(n) for codes that act together, or "
+                    f"{tuple(within.shape[1:])}. Use .to_event(n) for codes that act together, or "
                     "LeaveOneOut()."
                 )
 
@@ -419,10 +419,11 @@ class ControlVariate(Estimator):
         if not any(leaf(site.law).logits.requires_grad for site in sampled.sites.values()):
             return total
         means, slopes, at_mean = self._linearise(sampled)
-        rest = [part.detach() for part in sampled.parts] + [-part for part in at_mean]
+        rest = sampled.parts + [Part(-part.value, part.plates) for part in at_mean]
         for name, site in sampled.sites.items():
             shift = (site.draw.value.detach() - means[name]) * slopes[name]
-            rest.append(-_cells(_sum_event(shift, site.law), sampled.dims))
+            shift = _cells(_sum_event(shift, site.law), sampled.dims)
+            rest.append(Part(-shift, site.plates))
         draws = sampled.num_draws
         for name, site in sampled.sites.items():
             base, slab = leaf(site.law), site.draw.slab
@@ -448,14 +449,14 @@ class ControlVariate(Estimator):
             means[name] = mean.reshape(*[1] * len(site.lead), *mean.shape).requires_grad_()
         with torch.enable_grad():
             parts = sampled.cost(means)
-            total = torch.stack([part.sum() for part in parts]).sum()
+            total = torch.stack([part.value.sum() for part in parts]).sum()
             found = torch.autograd.grad(total, list(means.values()), allow_unused=True)
         values = {name: mean.detach() for name, mean in means.items()}
         slopes = {
             name: torch.zeros_like(values[name]) if slope is None else slope
             for name, slope in zip(values, found, strict=True)
         }
-        return values, slopes, [part.detach() for part in parts]
+        return values, slopes, [Part(part.value.detach(), part.plates) for part in parts]
 
 
 def _elementwise(estimator: Estimator, law: Any) -> Any:

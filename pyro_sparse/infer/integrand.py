@@ -6,7 +6,7 @@ but the shapes of values says so, so any program works that takes leading dimens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab
+from pyro_sparse.distributions.moments import Untouched
 
 Program = Callable[..., Any]
 
@@ -104,12 +105,13 @@ class GuideSite:
 
 @dataclass
 class ModelSite:
-    """A site of the model: its law, value, and the scale and mask that plates put on it."""
+    """A site of the model: its law, value, plates, and the scale and mask that they put on it."""
 
     law: Any
     value: Any
     scale: Any
     mask: Any
+    plates: dict[int, str] = field(default_factory=dict)
 
     def log_prob(self) -> Tensor:
         """Log-density of the value, masked and not scaled; shape of draws and plates."""
@@ -170,19 +172,60 @@ class Layout:
             )
 
 
-def _plates(frames: Any) -> dict[int, str]:
-    return {frame.dim: frame.name for frame in frames if frame.vectorized}
+@dataclass
+class Part:
+    """One term of the objective: of draws and plates.
 
-
-def sum_to(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Sum over the plates in which ``shape`` does not stand: ``(J, *plates)`` to fewer cells.
-
-    The first dimension (draws) is kept as it is.
+    Attributes:
+        value: Nats, shape ``(J or 1, *plates)``, with size one for plates that it stands not in.
+        plates: Names of its plates by dimension: two plates may share one.
     """
-    dims = [
-        d for d in range(1, values.dim()) if shape[d - values.dim()] == 1 and values.shape[d] > 1
+
+    value: Tensor
+    plates: dict[int, str]
+
+    def within(self, plates: dict[int, str]) -> Tensor:
+        """Sum over the plates that are not among ``plates``; the dimension of draws stays."""
+        dims = [
+            dim
+            for dim in range(1 - self.value.dim(), 0)
+            if self.value.shape[dim] > 1 and self.plates.get(dim) != plates.get(dim)
+        ]
+        return self.value.sum(dims, keepdim=True) if dims else self.value
+
+
+def check_plates(
+    name: str, values: Tensor, plates: dict[int, str], draws: tuple[int, int] | None = None
+) -> None:
+    """Refuse log-densities with dimensions that are neither plates nor draws.
+
+    Args:
+        name: Site.
+        values: Its log-density.
+        plates: Names of its plates by dimension.
+        draws: Dimension and number of draws; None where there are none.
+
+    Raises:
+        ValueError: If there are any: data wider than their law, or a plate that is missing.
+    """
+    shape = tuple(values.shape)
+    unknown = [
+        dim
+        for dim in range(-len(shape), 0)
+        if shape[dim] != 1 and dim not in plates and (dim, shape[dim]) != draws
     ]
-    return values.sum(dims, keepdim=True) if dims else values
+    if unknown:
+        raise ValueError(
+            f"Expected a log-density of site {name!r} with the dimensions of its plates, "
+            f"{sorted(plates.values())}, got the shape {shape}. Are the data wider than their "
+            "law? Use .to_event(n) for dimensions that belong together, pyro.plate for "
+            "independent ones."
+        )
+
+
+def plates_of(frames: Any) -> dict[int, str]:
+    """Names of the plates around a site by dimension."""
+    return {frame.dim: frame.name for frame in frames if frame.vectorized}
 
 
 class _Subsamples(Messenger):
@@ -205,10 +248,16 @@ class _Subsamples(Messenger):
 class _Drawing(Messenger):
     """Draws every latent site of a guide ``J`` times; the estimator draws those with gates."""
 
-    def __init__(self, layout: Layout, draw: Callable[[Any, tuple[int, ...]], Draw]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        draw: Callable[[Any, tuple[int, ...]], Draw],
+        carried: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.layout = layout
         self.draw = draw
+        self.carried = carried
         self.sites: dict[str, GuideSite] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -222,11 +271,13 @@ class _Drawing(Messenger):
                 f"Expected a guide of latent sites, got the observed or factor site {name!r}. Give "
                 "it to the model, or use Trace_ELBO."
             )
-        plates = _plates(msg["cond_indep_stack"])
+        plates = plates_of(msg["cond_indep_stack"])
         # What stands outside all plates is shared by all data: drawn once a step.
         shared = not plates and layout.num_plates > 0 and not is_scored(law)
         lead = () if shared else layout.lead(len(law.batch_shape))
-        if is_scored(law):
+        if name in self.carried:
+            draw = Draw(Untouched(law))
+        elif is_scored(law):
             draw = self.draw(law, lead)
         elif isinstance(leaf(law), dist.Delta):
             draw, lead = Draw(law.rsample()), ()  # a point: its gradient goes on
@@ -260,7 +311,7 @@ class _Given(Messenger):
         if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
         name = msg["name"]
-        self.layout.check(name, msg["fn"], _plates(msg["cond_indep_stack"]))
+        self.layout.check(name, msg["fn"], plates_of(msg["cond_indep_stack"]))
         if msg["is_observed"] or msg["done"]:
             return
         if name not in self.values:
@@ -279,6 +330,7 @@ def run_guide(
     layout: Layout,
     draw: Callable[[Any, tuple[int, ...]], Draw],
     subsamples: dict[str, Any] | None = None,
+    carried: Collection[str] = (),
 ) -> dict[str, GuideSite]:
     """Latent sites of a guide, drawn.
 
@@ -289,8 +341,9 @@ def run_guide(
         layout: Where draws stand.
         draw: Draws a gated law, given the leading shape.
         subsamples: Subsamples of plates by name: those known are taken, others are added.
+        carried: Sites that are not drawn: their value may not be looked at.
     """
-    drawing = _Drawing(layout, draw)
+    drawing = _Drawing(layout, draw, carried)
     known = _Subsamples({} if subsamples is None else subsamples)
     with poutine.block(hide_types=["sample"]), known, drawing:
         guide(*args, **kwargs)
@@ -345,7 +398,8 @@ class Integrand:
                 continue
             if (site["infer"] or {}).get("_deterministic"):
                 continue
-            found = ModelSite(site["fn"], site["value"], site["scale"], site["mask"])
+            plates = plates_of(site["cond_indep_stack"])
+            found = ModelSite(site["fn"], site["value"], site["scale"], site["mask"], plates)
             (terms.observed if site["is_observed"] else terms.latent)[name] = found
         return terms
 
@@ -360,6 +414,6 @@ def guess_num_plates(model: Program, guide: Program, args: Any, kwargs: Any) -> 
         for trace in (of_guide, of_model)
         for site in trace.nodes.values()
         if site["type"] == "sample"
-        for dim in _plates(site["cond_indep_stack"])
+        for dim in plates_of(site["cond_indep_stack"])
     ]
     return max(dims, default=0)

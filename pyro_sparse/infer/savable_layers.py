@@ -50,6 +50,27 @@ def _norm_arguments(norm: Any) -> dict[str, Any]:
     return {"like": like, "num_features": norm.num_features, **settings}
 
 
+def _group_norm(weight: Tensor | None, num_groups: int, num_channels: int, **settings: Any) -> Any:
+    if type(num_groups) is not int or num_groups < 1:
+        raise ValueError(f"Expected num_groups >= 1, got {num_groups!r}.")
+    if weight is None:  # nothing is allocated then
+        return nn.GroupNorm(num_groups, num_channels, affine=False, eps=settings["eps"])
+    return nn.GroupNorm(num_groups, len(weight), dtype=weight.dtype, **settings)
+
+
+def _layer_norm(
+    weight: Tensor | None, normalized_shape: tuple[int, ...], **settings: Any
+) -> nn.LayerNorm:
+    if weight is None:
+        return nn.LayerNorm(normalized_shape, elementwise_affine=False, eps=settings["eps"])
+    return nn.LayerNorm(weight.shape, dtype=weight.dtype, **settings)
+
+
+def _affine(layer: Any) -> dict[str, Any]:
+    weight = None if layer.weight is None else layer.weight.detach()
+    return {"weight": weight, "bias": layer.bias is not None, "eps": layer.eps}
+
+
 def _register_all() -> None:
     def listed(*names: str) -> Callable[[Any], dict[str, Any]]:
         return lambda layer: {name: getattr(layer, name) for name in names}
@@ -84,6 +105,20 @@ def _register_all() -> None:
         )
     for norm in (nn.BatchNorm1d, nn.BatchNorm2d):
         register(norm, _norm_arguments, _norm(norm))
+    register(
+        nn.GroupNorm,
+        lambda norm: {
+            "num_groups": norm.num_groups,
+            "num_channels": norm.num_channels,
+            **_affine(norm),
+        },
+        _group_norm,
+    )
+    register(
+        nn.LayerNorm,
+        lambda norm: {"normalized_shape": norm.normalized_shape, **_affine(norm)},
+        _layer_norm,
+    )
     plain: dict[Any, tuple[str, ...]] = {
         nn.Dropout: ("p", "inplace"),
         nn.ELU: ("alpha", "inplace"),

@@ -102,13 +102,29 @@ def test_where_no_tail_can_be_fitted() -> None:
         (torch.full((30,), math.nan), ValueError, "30 that are nan"),
         (torch.full((30, 2), math.inf), ValueError, "inf"),
         (np.zeros((30, 2)), TypeError, "ndarray"),
-        (torch.zeros(30, dtype=torch.complex64), TypeError, "real"),
+        (torch.zeros(30, dtype=torch.complex64), TypeError, r"real.*got torch\.complex64"),
     ],
     ids=["few", "scalar", "nan", "inf", "array", "complex"],
 )
 def test_weights_are_checked(values: Any, kind: Any, message: str) -> None:
     with pytest.raises(kind, match=message):
         khat(values)
+
+
+def test_weights_are_read_from_a_tree_and_from_log_weights() -> None:
+    model, guide, draw = sparse_pair()
+    y = draw(3)
+    weights = log_weights(model, guide, y, num_samples=200, seed=5)
+    tree = to_datatree(model, guide, y, num_samples=200, seed=5)
+    expected = khat(weights.local)
+    assert expected.shape == (3,)
+    for source in (weights, tree):
+        torch.testing.assert_close(khat(source), expected)
+        for found, reference in zip(psis(source), psis(weights.local)):
+            torch.testing.assert_close(found, reference)
+    alone = to_datatree(model, guide, y, num_samples=30, groups=["posterior"])
+    with pytest.raises(ValueError, match=r"sample_stats.*got groups \['posterior'\]"):
+        khat(alone)
 
 
 # For each datum, whatever the number of data

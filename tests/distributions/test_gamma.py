@@ -115,3 +115,15 @@ def test_a_parameter_that_is_not_positive_is_refused(name):
     arguments = {"loc": 0.0, "scale": 1.0, "concentration": 1.0, "rate": 1.0, name: -1.0}
     with pytest.raises(ValueError, match=name):
         GammaThresholded(**arguments, validate_args=True)
+
+
+@pytest.mark.parametrize("name", ["loc", "scale", "concentration", "rate"])
+def test_what_is_no_parameter_is_refused_by_name(name):
+    arguments = {"loc": 0.0, "scale": 1.0, "concentration": 1.0, "rate": torch.ones(3)}
+    with pytest.raises(TypeError, match=f"{name} to be a number or a tensor, got 'a'"):
+        GammaThresholded(**{**arguments, name: "a"})
+    other = "loc" if name == "rate" else "rate"
+    shapes = {other: torch.ones(3), name: torch.ones(2)}
+    with pytest.raises(ValueError, match="shapes that broadcast") as caught:
+        GammaThresholded(**{**arguments, **shapes})
+    assert f"{name} of (2,)" in str(caught.value) and f"{other} of (3,)" in str(caught.value)

@@ -10,7 +10,13 @@ import torch
 from scipy import integrate, stats
 from torch.distributions import kl_divergence
 
-from pyro_sparse.distributions import GammaThresholded, RelaxedSpikeAndSlab, SpikeAndSlab, kl_gates
+from pyro_sparse.distributions import (
+    GammaThresholded,
+    RelaxedSpikeAndSlab,
+    SoftThresholded,
+    SpikeAndSlab,
+    kl_gates,
+)
 
 
 def double(value):
@@ -255,7 +261,8 @@ PLAIN = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_prior_without_an_atom_is_refused_by_name(name):
     law = GammaThresholded(torch.zeros(3), 1.0, 2.0, 3.0)
-    message = rf"atom at zero for a GammaThresholded, got {name}: .*SpikeAndSlab\({name}"
+    slab = "Normal" if name == "RelaxedSpikeAndSlab" else name  # a gate needs no second one
+    message = rf"atom at zero for a GammaThresholded, got {name}: .*SpikeAndSlab\({slab}\("
     with pytest.raises(ValueError, match=message):
         kl_divergence(law, PLAIN[name])
     with pytest.raises(ValueError, match=message):
@@ -264,8 +271,18 @@ def test_a_prior_without_an_atom_is_refused_by_name(name):
 
 @pytest.mark.parametrize("q", [MIXED, PLAIN["Laplace"], PLAIN["Normal"]], ids=repr)
 def test_two_sided_against_one_sided_is_refused(q):
-    with pytest.raises(ValueError, match="two-sided (Laplace|Normal) against a Exponential"):
+    with pytest.raises(ValueError, match="two-sided (Laplace|Normal) against a one-sided Expon"):
         kl_divergence(q, ONE_SIDED)
+
+
+def test_a_message_does_not_print_the_bounds():
+    for base in (dist.Normal, dist.Laplace):
+        p = SoftThresholded(base(torch.zeros(3), 1.0), 0.2, one_sided=True)
+        with pytest.raises(ValueError, match="a one-sided Tails: the divergence") as caught:
+            kl_divergence(MIXED, p)
+        assert "tensor" not in str(caught.value)
+    with pytest.raises(ValueError, match="a bounded Uniform: the divergence"):
+        kl_divergence(MIXED, SpikeAndSlab(dist.Uniform(-torch.ones(3), 1.0), 0.3))
 
 
 def test_a_point_is_refused():

@@ -366,11 +366,55 @@ def test_masks_and_plates():
         ((dist.Laplace(0.0, 1.0),), ValueError, "exactly one of probs and logits"),
         ((dist.Laplace(0.0, 1.0), 1.5), ValueError, r"probs in \[0, 1\]"),
         ((dist.Laplace(0.0, 1.0), math.nan), ValueError, r"probs in \[0, 1\]"),
+        ((dist.Laplace(0.0, 1.0), "a"), TypeError, "probs to be a number or a tensor, got 'a'"),
+        (
+            (dist.Laplace(torch.zeros(3), 1.0), torch.ones(2)),
+            ValueError,
+            r"slab of \(3,\), probs of \(2,\)",
+        ),
+        (
+            (RelaxedSpikeAndSlab(dist.Laplace(0.0, 1.0), 0.5, 0.5), 0.5),
+            ValueError,
+            r"without a gate of its own, got Relaxed.*SpikeAndSlab\(law\.slab, probs\)",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         SpikeAndSlab(*arguments)
+
+
+def test_logits_are_refused_by_their_own_name():
+    slab = dist.Laplace(torch.zeros(3), 1.0)
+    with pytest.raises(TypeError, match="logits to be a number"):
+        SpikeAndSlab(slab, logits="a")
+    with pytest.raises(ValueError, match=r"slab of \(3,\), logits of \(2,\)"):
+        SpikeAndSlab(slab, logits=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("slab", "method", "missing"),
+    [
+        (dist.Gamma(2.0, 1.0), "icdf", "icdf"),
+        (dist.StudentT(3.0), "cdf", "cdf"),
+        (dist.StudentT(3.0), "icdf", "cdf"),
+    ],
+    ids=["Gamma-icdf", "StudentT-cdf", "StudentT-icdf"],
+)
+def test_a_slab_without_a_method_is_named_with_it(slab, method, missing):
+    name = type(slab).__name__
+    message = f"slab with a method {missing}, got {name}, which has none"
+    with pytest.raises(NotImplementedError, match=message):
+        getattr(SpikeAndSlab(slab, 0.3), method)(torch.tensor(0.9))
+
+
+def test_a_slab_that_says_itself_what_is_missing_is_heard():
+    class Told(dist.Gamma):
+        def cdf(self, value):
+            raise NotImplementedError("Expected less")
+
+    with pytest.raises(NotImplementedError, match="Expected less"):
+        SpikeAndSlab(Told(2.0, 1.0), 0.3).cdf(torch.tensor(0.9))
 
 
 def test_both_and_nan_logits_are_refused():

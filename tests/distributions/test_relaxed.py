@@ -225,12 +225,19 @@ def test_shapes(shape, dtype):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="on the reals or above zero.*Uniform"):
+    with pytest.raises(ValueError, match="above zero.*Uniform, which is bounded"):
         RelaxedSpikeAndSlab(dist.Uniform(1.0, 2.0), 0.5, 0.5)
     with pytest.raises(ValueError, match="temperature"):
         RelaxedSpikeAndSlab(dist.Laplace(0.0, 1.0), -0.5, 0.5, validate_args=True)
     with pytest.raises(ValueError, match="exactly one"):
         RelaxedSpikeAndSlab(dist.Laplace(0.0, 1.0), 0.5)
+    with pytest.raises(TypeError, match="temperature to be a number"):
+        RelaxedSpikeAndSlab(dist.Laplace(0.0, 1.0), None, 0.5)
+    with pytest.raises(ValueError, match=r"slab of \(3,\), temperature of \(2,\)"):
+        RelaxedSpikeAndSlab(dist.Laplace(torch.zeros(3), 1.0), torch.ones(2), 0.5)
+    nested = RelaxedSpikeAndSlab(dist.Laplace(0.0, 1.0), 0.5, 0.5)
+    with pytest.raises(ValueError, match="without a gate of its own"):
+        RelaxedSpikeAndSlab(nested, 0.5, 0.5)
     law = RelaxedSpikeAndSlab(dist.Exponential(1.0), 0.5, 0.5, validate_args=True)
     with pytest.raises(ValueError, match="support"):
         law.log_prob(torch.tensor(-1.0))

@@ -324,6 +324,14 @@ def test_what_does_not_fit_is_refused() -> None:
         law.log_prob(torch.full((3,), torch.nan))
 
 
+@pytest.mark.parametrize("name", ["prob_active", "mean", "variance"])
+def test_a_marginal_without_a_closed_form_points_to_its_estimate(name: str) -> None:
+    law = StructuredSpikeAndSlab(torch.ones(3), torch.ones(3), torch.ones(3), torch.zeros(3, 3))
+    with pytest.raises(NotImplementedError, match=rf"marginals\(num_samples\).{name}"):
+        getattr(law, name)
+    assert getattr(law.marginals(10), name).shape == (3,)
+
+
 def test_priors_without_a_closed_form_are_refused() -> None:
     ones = torch.ones(3)
     law = StructuredSpikeAndSlab(ones, ones, ones, torch.zeros(3, 3))

@@ -313,6 +313,11 @@ def test_what_is_no_threshold_of_a_known_base_is_refused(kind):
         make(dist.Normal(torch.zeros(3), 1.0).to_event(1), 0.1, **options)
     with pytest.raises(TypeError, match="Expected base to be a distribution"):
         make(3.0, 0.1, **options)
+    for value in (None, "a"):
+        with pytest.raises(TypeError, match=f"threshold to be a number or a tensor, got {value!r}"):
+            make(dist.Laplace(0.0, 1.0), value, **options)
+    with pytest.raises(ValueError, match=r"base of \(3,\), threshold of \(2,\)"):
+        make(dist.Laplace(torch.zeros(3), 1.0), torch.ones(2), **options)
     unchecked = make(dist.Normal(0.0, 1.0), -0.1, validate_args=False, **options)
     assert unchecked.threshold < 0
 

@@ -17,6 +17,7 @@ from pyro_sparse.distributions import SpikeAndSlab
 from pyro_sparse.guides import (
     GammaThresholdPosterior,
     Heads,
+    PerDatum,
     SpikeAndSlabPosterior,
     Thresholded,
     UnrolledEncoder,
@@ -103,17 +104,60 @@ class Two(nn.Module):
         (lambda: Heads(nn.Identity(), 4, 3, names="loc"), ValueError, "different names"),
         (lambda: Heads(nn.Identity(), 4, 3, names=()), ValueError, "different names"),
         (lambda: Heads(nn.Identity(), 4, 3, names=("loc", "loc")), ValueError, "different names"),
+        (lambda: Heads(nn.Identity(), 4, 3, names=("a.b",)), ValueError, "without dots.*'a.b'"),
+        (lambda: Heads(nn.Identity(), 4, 3, names=("",)), ValueError, "without dots"),
+        (lambda: Heads(nn.Identity(), 4, 3, names=("keys",)), ValueError, "taken, got 'keys'"),
+        (lambda: Heads(nn.Identity(), 4, 3, names=(1, 2)), TypeError, "as strings, got 1"),
+        (
+            lambda: Heads(nn.Linear(5, 4), 4, 3)(torch.ones(2, 7)),
+            ValueError,
+            r"that the network takes, got shape \(2, 7\).*cannot be multiplied",
+        ),
         (lambda: Heads(nn.Identity(), 5, 3)(torch.ones(2, 4)), ValueError, r"\(2, 5\) from"),
         (lambda: Heads(nn.Identity(), 4, 3)(torch.ones(2, 1, 4)), ValueError, "nn.Flatten"),
         (lambda: Heads(Two(), 7, 3)(torch.ones(3, 4)), ValueError, r"\(3, 7\) .* got \(2, 7\)"),
     ],
-    ids=range(9),
+    ids=range(14),
 )
 def test_what_makes_no_heads_is_refused(
     build: Callable[[], Any], error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=match):
         build()
+
+
+class Full(nn.Module):
+    def forward(self, y: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("planted")
+
+
+def test_a_full_memory_is_no_fault_of_the_data() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        Heads(Full(), 4, 3)(torch.ones(2, 7))
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "match"),
+    [
+        ([torch.zeros(3, 8)], TypeError, "dict from name to tensor, such as .* got list"),
+        ({}, ValueError, "alike, got {}"),
+        ({"loc": torch.zeros(3)}, ValueError, "alike"),
+        ({"loc": torch.zeros(3, 8), "logits": torch.zeros(3, 7)}, ValueError, "alike"),
+        ({"loc": 0.0}, TypeError, "loc to be a floating tensor, got float"),
+        ({"loc": torch.zeros(3, 8, dtype=torch.long)}, TypeError, "floating tensor, dense"),
+        ({"a.b": torch.zeros(3, 8)}, ValueError, "without dots"),
+        ({1: torch.zeros(3, 8)}, TypeError, "as strings"),
+    ],
+    ids=range(8),
+)
+def test_what_makes_no_table_is_refused(
+    parameters: Any, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        PerDatum(parameters)
 
 
 # Unrolled -----------------------------------------------------------------------------------------

@@ -219,6 +219,35 @@ def test_a_threshold_has_the_default_dtype_unless_it_is_a_tensor(value: Any) -> 
     assert ThresholdPosterior(value).threshold.dtype == torch.float32
 
 
+class Returns(nn.Module):
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (), (3, 1), (3, 7), (4, 3, 7)], ids=str)
+def test_a_threshold_that_broadcasts_with_the_codes_serves(shape: tuple[int, ...]) -> None:
+    for threshold in (torch.rand(shape), Returns(torch.rand(shape))):
+        law = ThresholdPosterior(threshold)(emit(("loc", "log_scale"), (4, 3, 7)))
+        assert law.batch_shape == (4, 3, 7)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2,), (7, 1), (2, 4, 3, 7)], ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["shifted", "soft"])
+def test_a_threshold_of_other_atoms_is_refused(shape: tuple[int, ...], soft: bool) -> None:
+    for threshold in (torch.rand(shape), Returns(torch.rand(shape))):
+        with pytest.raises(ValueError, match=r"\(atoms,\) = \(3,\), or .* codes \(3, 7\), got"):
+            ThresholdPosterior(threshold, soft=soft)(emit(("loc", "log_scale"), (4, 3, 7)))
+
+
+def test_a_module_that_returns_no_threshold_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"return a tensor, got float. Try Rate\(.*num_atoms=3"):
+        ThresholdPosterior(Returns(0.3))(emit(("loc", "log_scale")))
+
+
 # Refusals -----------------------------------------------------------------------------------------
 
 

@@ -151,7 +151,6 @@ def test_a_saved_guide_comes_back(tmp_path: Path) -> None:
     encoder = Heads(nn.Linear(FEATURES, 8), 8, ATOMS)
     guide = StructuredThresholded(encoder, torch.randn(ATOMS, ATOMS))
     y = torch.randn(3, FEATURES)
-    register_linear()
     save(tmp_path / "guide", guide=guide)
     again = load(tmp_path / "guide")["guide"]
     value = guide.posterior(y).sample((10,))
@@ -159,17 +158,90 @@ def test_a_saved_guide_comes_back(tmp_path: Path) -> None:
     assert set(again.state_dict()) == set(guide.state_dict())
 
 
-def register_linear() -> None:
-    from pyro_sparse.infer import register_savable
+# Each datum for itself ----------------------------------------------------------------------------
 
-    register_savable(
-        nn.Linear,
-        name="tests.Linear",
-        arguments=lambda layer: {
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-        },
+
+@pytest.mark.parametrize("emitting_codes", [False, True], ids=["law", "codes"])
+def test_refining_starts_from_the_law_of_the_encoder(emitting_codes: bool) -> None:
+    """By steps of no length: the table holds the parameters of the law itself."""
+    model, guide, y = make()
+    if emitting_codes:
+        encoder = UnrolledEncoder(Unrolled(model.dictionary, model.likelihood), dist.Laplace(0, 1))
+        guide = StructuredThresholded(encoder, guide.couplings())
+    refined = guide.refine(model, y, num_steps=1, optimizer=partial(torch.optim.SGD, lr=0.0))
+    value = guide.posterior(y).sample((20,))
+    torch.testing.assert_close(
+        refined.posterior(y).log_prob(value), guide.posterior(y).log_prob(value)
     )
+    assert refined(y, 24).shape == (5, ATOMS)
+    with pytest.raises(ValueError, match="Expected the 5 data .* got 3"):
+        refined(y[:3])
+
+
+def test_refining_moves_the_table_alone() -> None:
+    model, guide, y = make()
+    pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.0}), SparseELBO(LeaveOneOut())).step(y)
+    nn.ModuleList([model, guide]).zero_grad()
+    before = {k: v.clone() for k, v in nn.ModuleList([model, guide]).state_dict().items()}
+    store = {name: id(value) for name, value in pyro.get_param_store().items()}
+    refined = guide.refine(model, y, num_steps=3)
+    after = nn.ModuleList([model, guide]).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(p.grad is None for p in (*guide.parameters(), *model.parameters()))
+    assert store == {name: id(value) for name, value in pyro.get_param_store().items()}
+    assert refined.couplings.weight is not guide.couplings.weight
+    assert torch.equal(refined.couplings.weight, guide.couplings.weight)
+    start = guide.parameters_of(y)
+    for name, values in refined.encoder.emitted.items():
+        assert not torch.equal(values, start[name]), name
+
+
+def test_refining_takes_a_mask_and_what_pyros_objectives_take() -> None:
+    model, guide, y = make()
+    mask = torch.rand(y.shape) < 0.7
+    hidden = torch.where(mask, y, torch.nan)
+    refined = guide.refine(model, hidden, mask=mask, num_steps=3, loss=SparseELBO())
+    assert all(values.isfinite().all() for values in refined.parameters())
+    with pytest.raises(TypeError, match="model to be a generative program, .* got NoneType"):
+        guide.refine(None, y)
+    with pytest.raises(TypeError, match="loss to be an ELBO"):
+        guide.refine(model, y, loss=lambda model, guide: None)
+    with pytest.raises(ValueError, match="num_steps >= 1"):
+        guide.refine(model, y, num_steps=0)
+
+
+def test_a_refined_guide_comes_back(tmp_path: Path) -> None:
+    model, guide, y = make()
+    refined = guide.refine(model, y, num_steps=2)
+    save(tmp_path / "run", refined=refined)
+    back = load(tmp_path / "run")["refined"]
+    value = refined.posterior(y).sample((10,))
+    assert torch.equal(back.posterior(y).log_prob(value), refined.posterior(y).log_prob(value))
+
+
+def test_refining_closes_most_of_the_gap_to_the_evidence() -> None:
+    """Correlated atoms, an untrained encoder; a factorised law of each datum cannot follow.
+
+    Nats per datum below the evidence of enumeration: 1.9 at the start, 0.45 refined, and 0.93 for
+    independent codes refined. Of 400 draws the error is about 0.02.
+    """
+    torch.manual_seed(0)
+    dictionary = Dense(K, D, atoms=correlated_atoms())
+    dictionary.freeze_()
+    model = SparseCoding(dictionary, Gaussian(NOISE), slab_prior(PROBS))
+    with torch.no_grad():
+        y = model(num_data=200)
+    evidence = float(enumerate_supports(y, dictionary.atoms)[1].sum())
+    unrolled = Unrolled(dictionary, model.likelihood, num_steps=10)
+    encoder = UnrolledEncoder(unrolled, dist.Laplace(0.0, 0.3), init_probs=PROBS)
+    guide = StructuredThresholded(encoder, dictionary.atoms @ dictionary.atoms.T)
+    refined = guide.refine(model, y)
+    judge = SparseELBO(LeaveOneOut(), num_samples=400)
+    start, end = ((judge.loss(model, each, y) + evidence) / 200 for each in (guide, refined))
+    independent = Thresholded(encoder).refine(model, y)
+    factorised = (SparseELBO().loss(model, independent, y) + evidence) / 200
+    print(f"start {start:.3f}, refined {end:.3f}, independent {factorised:.3f}")
+    assert -0.1 < end < 0.5 * start and end < 0.7 * factorised
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -195,8 +267,14 @@ def test_what_an_encoder_may_not_emit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\['loc'\] are missing"):
         StructuredThresholded(Emitting(log_scale=y, logits=y), square).posterior(y)
     for change in ({"loc": torch.zeros(3, 5)}, {"codes": torch.zeros(2, ATOMS)}):
-        with pytest.raises(ValueError, match=r"\(n, atoms\) = \(3, 6\), got"):
+        with pytest.raises(ValueError, match=r"of one shape \(n=3, atoms, .* got {'loc'"):
             StructuredThresholded(Emitting(**(good | change)), square).posterior(y)
+    with pytest.raises(TypeError, match="'codes' to be a tensor, got float"):
+        StructuredThresholded(Emitting(**good, codes=0.0), square).posterior(y)  # type: ignore
+    for shape in ((3, 5), (3, ATOMS, 2)):
+        other = {name: torch.zeros(shape) for name in good}
+        with pytest.raises(ValueError, match=r"\(n, atoms\) = \(3, 6\), got \(3, "):
+            StructuredThresholded(Emitting(**other), square).posterior(y)
 
 
 # What it is for -----------------------------------------------------------------------------------

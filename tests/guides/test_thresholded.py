@@ -676,6 +676,13 @@ def test_data_of_another_kind_or_shape_are_refused(
 
 
 @geometries
+def test_data_of_another_size_are_refused_by_a_network(geometry: str) -> None:
+    _, guide, y = make(geometry)
+    with pytest.raises(ValueError, match=r"the network takes, got shape \(12, "):
+        guide.posterior(torch.cat([y, y], -1))
+
+
+@geometries
 def test_data_of_another_size_are_refused_by_the_unrolled_encoder(geometry: str) -> None:
     model, _, y = make(geometry)
     with pytest.raises(ValueError, match="Expected"):
@@ -688,6 +695,8 @@ def test_refining_by_what_is_no_bound_is_refused() -> None:
         guide.refine(model, y, loss=lambda model, guide: None)
     with pytest.raises(ValueError, match="num_steps >= 1"):
         guide.refine(model, y, num_steps=0)
+    with pytest.raises(TypeError, match=r"model to be a generative program, .* got NoneType"):
+        guide.refine(None, y)
 
 
 def test_parameters_that_a_family_lacks_are_named() -> None:

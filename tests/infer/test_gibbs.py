@@ -54,7 +54,7 @@ def geweke_scores(problem, *, size=50_000, rounds=5, **options):
     for _ in range(rounds):
         data = y if mask is None else y.masked_fill(~mask, torch.nan)
         draws = gibbs(
-            data, *problem, num_draws=1, num_warm_up=0, num_chains=1, init=codes, **options
+            data, *problem, num_samples=1, num_warm_up=0, num_chains=1, init=codes, **options
         )
         codes = draws.codes[0, 0]
         y = problem.data(codes)
@@ -147,7 +147,7 @@ def test_agrees_with_enumeration_of_ten_codes(pairs):
     problem = random_problem(2, 10, 8)
     y = problem.data(problem.prior.sample((3,)))
     exact = exact_module.enumerate_posterior(y, *problem)
-    draws = gibbs(y, *problem, num_chains=64, num_draws=300, num_warm_up=100, pairs=pairs).codes
+    draws = gibbs(y, *problem, num_chains=64, num_samples=300, num_warm_up=100, pairs=pairs).codes
     for found, expected in [
         ((draws != 0).double(), exact.prob_active),
         (draws, exact.mean),
@@ -179,7 +179,7 @@ def test_log_joint_is_that_of_the_model():
     problem = random_problem(3, 6, 5)
     y = problem.data(problem.prior.sample((4,)))
     mask = torch.rand(4, 5) < 0.7
-    draws = gibbs(y, *problem, mask=mask, num_draws=5, num_warm_up=0, num_chains=2)
+    draws = gibbs(y, *problem, mask=mask, num_samples=5, num_warm_up=0, num_chains=2)
     predictor = draws.codes @ problem.dictionary.atoms.detach()
     data = (problem.likelihood(predictor).log_prob(y) * mask).sum(-1)
     expected = data + problem.prior.log_prob(draws.codes).sum(-1)
@@ -192,7 +192,7 @@ def test_a_generator_repeats_the_draws_and_leaves_the_global_one_alone():
     state = torch.get_rng_state()
     first, second, other = (
         gibbs(
-            y, *problem, num_draws=5, num_warm_up=5, generator=torch.Generator().manual_seed(seed)
+            y, *problem, num_samples=5, num_warm_up=5, generator=torch.Generator().manual_seed(seed)
         ).codes
         for seed in (1, 1, 2)
     )
@@ -208,18 +208,21 @@ def test_thinning_and_warm_up_pick_draws_of_the_same_chain():
         generator = torch.Generator().manual_seed(0)
         return gibbs(y, *problem, num_chains=2, generator=generator, **options).codes
 
-    every = draw(num_draws=12, num_warm_up=0)
-    assert torch.equal(draw(num_draws=3, num_warm_up=3, thin=3), every[:, 5::3])
+    every = draw(num_samples=12, num_warm_up=0)
+    assert torch.equal(draw(num_samples=3, num_warm_up=3, thin=3), every[:, 5::3])
 
 
 def test_shapes_and_dtypes_follow_the_data():
     dictionary = Conv(3, 1, 4)
     prior = SpikeAndSlab(dist.Normal(0.0, 1.0), probs=0.1)
     y = torch.randn(2, 1, 20)
-    draws = gibbs(y, dictionary, prior, Gaussian(0.5), num_draws=6, num_warm_up=4, num_chains=3)
+    draws = gibbs(y, dictionary, prior, Gaussian(0.5), num_samples=6, num_warm_up=4, num_chains=3)
     assert draws.codes.shape == (3, 6, 2, *dictionary.code_shape((1, 20)))
     assert draws.codes.dtype == torch.float32 and draws.log_joint.dtype == torch.float64
     assert 0 < (draws.codes != 0).double().mean() < 0.5
+    share = np.mean(draws.codes.numpy() != 0, axis=(0, 1))
+    assert draws.prob_active.dtype == torch.float64
+    np.testing.assert_array_equal(draws.prob_active, share)
 
 
 @pytest.mark.parametrize("probs", [0.0, 1.0])
@@ -228,7 +231,7 @@ def test_certain_codes_stay_certain(probs):
     prior = SpikeAndSlab(problem.prior.slab, probs=torch.tensor([probs, 0.3, 0.3, 0.3]).double())
     y = problem.data(problem.prior.sample((3,)))
     pairs = torch.tensor([[0, 1], [2, 0]])
-    draws = gibbs(y, *problem._replace(prior=prior), pairs=pairs, num_draws=50, init=0 * y[:, :4])
+    draws = gibbs(y, *problem._replace(prior=prior), pairs=pairs, num_samples=50, init=0 * y[:, :4])
     assert bool(((draws.codes[..., 0] != 0) == bool(probs)).all())
     assert bool(draws.log_joint.isfinite().all())
 
@@ -236,7 +239,7 @@ def test_certain_codes_stay_certain(probs):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"num_draws": 0}, ValueError, "num_draws"),
+        ({"num_samples": 0}, ValueError, "num_samples"),
         ({"thin": 0}, ValueError, "thin"),
         ({"num_warm_up": -1}, ValueError, "num_warm_up"),
         ({"pairs": torch.tensor([[0, 0]])}, ValueError, "two different codes"),

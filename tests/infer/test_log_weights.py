@@ -334,6 +334,28 @@ def test_programs_that_know_no_leading_dimension_are_found_out(model: Any) -> No
     )
 
 
+def test_a_program_with_dropout_is_told_to_eval() -> None:
+    class Guide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, y: Tensor, num_data: int) -> None:
+            with data_plate(y, num_data):
+                loc = self.dropout(10 * y)
+                pyro.sample("codes", dist.Normal(loc, 1.0).to_event(1))
+
+    def model(y: Tensor, num_data: int) -> None:
+        with data_plate(y, num_data):
+            codes = pyro.sample("codes", dist.Normal(0.0, 1.0).expand((3,)).to_event(1))
+            pyro.sample("obs", dist.Normal(codes, 1.0).to_event(1), obs=y)
+
+    program, y = Guide(), torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"dropout: call eval\(\)"):
+        log_weights(model, program, y, num_samples=20)
+    assert log_weights(model, program.eval(), y, num_samples=20).local.shape == (20, 4)
+
+
 # Nothing is left behind
 
 

@@ -27,6 +27,12 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
         lambda: nn.BatchNorm1d(4, affine=False, track_running_stats=False),
         (4,),
     ),
+    "group norm": (lambda: nn.GroupNorm(2, 4, eps=0.1), (4, 5)),
+    "group norm without bias": (lambda: nn.GroupNorm(2, 4, bias=False), (4,)),
+    "group norm without anything": (lambda: nn.GroupNorm(2, 4, eps=0.1, affine=False), (4, 3, 2)),
+    "layer norm": (lambda: nn.LayerNorm((4, 5), eps=0.1), (4, 5)),
+    "layer norm without bias": (lambda: nn.LayerNorm(4, bias=False), (4,)),
+    "layer norm without anything": (lambda: nn.LayerNorm(4, elementwise_affine=False), (2, 4)),
     "elu": (lambda: nn.ELU(0.3), (4,)),
     "gelu": (lambda: nn.GELU("tanh"), (4,)),
     "identity": (nn.Identity, (4,)),
@@ -110,6 +116,26 @@ def test_groups_that_do_not_divide_are_refused(
     tampered(tmp_path, lambda arguments: arguments.update(groups=groups), monkeypatch)
     with pytest.raises(ValueError, match="torch.nn.Conv1d refuses its arguments"):
         load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("groups", [0, -1, 3, 2.0, "2", True], ids=repr)
+def test_groups_of_a_norm_that_do_not_divide_are_refused(
+    tmp_path: Path, groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "run", layer=nn.GroupNorm(2, 4))
+    tampered(tmp_path, lambda arguments: arguments.update(num_groups=groups), monkeypatch)
+    with pytest.raises(ValueError, match="torch.nn.GroupNorm refuses its arguments"):
+        load(tmp_path / "run")
+
+
+def test_no_number_in_a_file_makes_a_norm_within_a_datum_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made, size in ((nn.GroupNorm(2, 4), "num_channels"), (nn.LayerNorm(4), "normalized_shape")):
+        with monkeypatch.context() as patch:
+            save(tmp_path / size, layer=made)
+            tampered(tmp_path, lambda record, size=size: record.update({size: 10**12}), patch)
+            assert load(tmp_path / size)["layer"].weight.shape == (4,)
 
 
 def test_no_number_in_a_file_makes_a_norm_large(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_sparse.distributions import GammaThresholded, SpikeAndSlab
+from pyro_sparse.distributions import GammaThresholded, RelaxedSpikeAndSlab, SpikeAndSlab
 from pyro_sparse.infer.sites import check_sites
 
 LAWS = {
@@ -17,6 +17,9 @@ LAWS = {
     "Exponential": lambda: dist.Exponential(torch.ones(3)),
     "SpikeAndSlab": lambda: SpikeAndSlab(dist.Laplace(torch.zeros(3), 1.0), probs=0.3),
     "GammaThresholded": lambda: GammaThresholded(torch.zeros(3), *torch.ones(3)),
+    "RelaxedSpikeAndSlab": lambda: RelaxedSpikeAndSlab(
+        dist.Laplace(torch.zeros(3), 1.0), 0.5, probs=0.3
+    ),
     "Delta": lambda: dist.Delta(torch.zeros(3)),
 }
 WITH_ATOM = {"SpikeAndSlab", "GammaThresholded"}
@@ -83,3 +86,10 @@ def test_other_sites_are_looked_at_too() -> None:
         ValueError, match="'first', as the guide's SpikeAndSlab has one, got Normal"
     ):
         check_sites(model, guide, torch.zeros(2))
+
+
+@pytest.mark.parametrize("model", ["Laplace", "RelaxedSpikeAndSlab"])
+def test_the_advice_is_a_prior_that_exists(model: str) -> None:
+    advice = r"Use SpikeAndSlab\(Laplace\(\.\.\.\), probs=\.\.\.\) in the model"
+    with pytest.raises(ValueError, match=advice):
+        check(("SpikeAndSlab", model), "to_event")

@@ -420,6 +420,14 @@ def test_one_law_of_thresholds_per_atom_is_shared_by_its_positions() -> None:
             "concentration.*require a gradient",
         ),
         ({"threshold": torch.distributions.Gamma(3.0, 4.0)}, TypeError, "Pyro distribution"),
+        (
+            {"threshold": dist.Normal(0.0, 1.0)},
+            ValueError,
+            "law of positive thresholds, such",
+        ),
+        ({"threshold": dist.Uniform(-0.1, 1.0)}, ValueError, "a Uniform, whose draws may be neg"),
+        ({"threshold": dist.Normal(0.0, 1.0).expand([3]).to_event(1)}, ValueError, "positive"),
+        ({"threshold": dist.Delta(torch.tensor(-0.1))}, ValueError, "positive"),
     ],
 )
 def test_bad_thresholds_are_refused_when_the_model_is_made(
@@ -427,6 +435,22 @@ def test_bad_thresholds_are_refused_when_the_model_is_made(
 ) -> None:
     with pytest.raises(error, match=message):
         with_threshold(geometry, **options)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        dist.HalfNormal(1.0),
+        dist.LogNormal(0.0, 1.0),
+        dist.Uniform(0.0, 1.0),
+        dist.Delta(torch.tensor(0.3)),
+        dist.Exponential(1.0).expand([6]).to_event(1),
+    ],
+    ids=lambda law: type(law).__name__,
+)
+def test_laws_of_positive_thresholds_serve(law: Any) -> None:
+    model, *_ = with_threshold("dense", threshold=law)
+    assert (trace(model, num_data=3).nodes["threshold"]["value"] >= 0).all()
 
 
 @geometries

@@ -54,6 +54,7 @@ def test_a_lone_code_or_orthogonal_atoms_give_the_exact_posterior():
     expected = expit(logit(probs) + active - inactive)
     law = fit.law.base_dist
     np.testing.assert_allclose(law.prob_active, expected, atol=1e-8)
+    np.testing.assert_allclose(fit.prob_active, expected, atol=1e-8)
     gain = scale**2 / (scale**2 + 0.4**2)
     np.testing.assert_allclose(law.slab.mean, loc + gain * (seen - loc), atol=1e-8)
     np.testing.assert_allclose(law.slab.variance[0], gain * 0.4**2, atol=1e-8)
