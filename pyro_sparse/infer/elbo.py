@@ -448,10 +448,11 @@ class SparseELBO(ELBO):
         self._auxiliary = any(site.auxiliary for site in sites.values())
         scored = [n for n, site in sites.items() if n not in carried and is_scored(site.law)]
         if scored:
+            kind = type(leaf(sites[scored[0]].law)).__name__
             raise NotImplementedError(
                 "Exact carries codes that are independent given the data, and draws others "
-                f"pathwise; site {scored[0]!r} of the guide, a {type(leaf(sites[scored[0]].law)).__name__}, "
-                "is of neither kind. Use SparseELBO(estimator=LeaveOneOut())."
+                f"pathwise; site {scored[0]!r} of the guide, a {kind}, is of neither kind. Use "
+                "SparseELBO(estimator=LeaveOneOut())."
             )
         values: dict[str, Any] = {
             name: site.draw.value for name, site in sites.items() if name not in carried
