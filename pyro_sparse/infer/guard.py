@@ -216,15 +216,23 @@ def sites_not_finite(
     """Sites whose value or log-probability is not finite when the programs run once more."""
     names: list[str] = []
     with torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
+        before = random_state()
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.trace(poutine.replay(model, trace=guide_trace))
-        for trace in (guide_trace, replayed.get_trace(*args, **kwargs)):
-            trace.compute_log_prob()
-            for name, site in trace.nodes.items():
-                if site["type"] != "sample":
-                    continue
-                values = (site["value"], site["log_prob"])
-                finite = all(bool(torch.isfinite(torch.as_tensor(v)).all()) for v in values)
-                if not finite and name not in names:
-                    names.append(name)
-    return tuple(names)
+        names += _not_finite(guide_trace)
+        names += _not_finite(replayed.get_trace(*args, **kwargs))
+        if not names:  # an exact objective draws no codes: the model is the first to draw
+            set_random_state(before)
+            names += _not_finite(replayed.get_trace(*args, **kwargs))
+    return tuple(dict.fromkeys(names))
+
+
+def _not_finite(trace: poutine.Trace) -> list[str]:
+    trace.compute_log_prob()
+    names = []
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            values = (site["value"], site["log_prob"])
+            if not all(bool(torch.isfinite(torch.as_tensor(v)).all()) for v in values):
+                names.append(name)
+    return names
