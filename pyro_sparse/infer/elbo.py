@@ -66,7 +66,8 @@ class SparseELBO(ELBO):
     loss, and ``pyro.infer.SVI(model, guide, optim, loss=SparseELBO())`` and ``infer.fit(...,
     loss=SparseELBO())`` work. Draws stand in a leading dimension, left of all plates, and are made
     for the sites inside plates; a latent outside all of them, such as a rate, is drawn once a step.
-    The KL is evaluated once, not once a draw.
+    The KL is evaluated once, not once a draw. Scales and masks are the model's: those that a guide
+    puts on its own sites are not looked at, but for auxiliary ones.
 
     Args:
         estimator: How the expectation and its gradient are taken. None: ``Exact()`` where the
