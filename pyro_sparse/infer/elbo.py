@@ -27,6 +27,7 @@ from pyro_sparse.infer.estimators import (
     Sampled,
 )
 from pyro_sparse.infer.exact_elbo import expected_log_likelihood
+from pyro_sparse.infer.guard import random_state, set_random_state
 from pyro_sparse.infer.integrand import (
     Draw,
     GuideSite,
@@ -155,7 +156,6 @@ class SparseELBO(ELBO):
         self.num_plates = num_plates
         self._known: _Pairs = weakref.WeakKeyDictionary()
         self._last: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
-        self._auxiliary = False
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of programs belongs to this process; it is found out again.
@@ -218,14 +218,16 @@ class SparseELBO(ELBO):
             return -self._sampled(known, self.estimator, model, guide, args, kwargs)
         reason = known.reason
         if not isinstance(known.estimator, ImplicitMixed):
-            state = torch.get_rng_state()
+            # Tried once: the draws are then those of the estimator asked for by name.
+            state = random_state() if known.estimator is None else None
             try:
                 loss = -self._exact(known, model, guide, args, kwargs)
             except (NotImplementedError, TypeError, AttributeError) as error:
                 # The last two: a program that looks at its codes closely. Were it a fault of the
                 # program's own, the run with draws would raise it again.
                 reason = str(error) or type(error).__name__
-                torch.set_rng_state(state)
+                if state is not None:
+                    set_random_state(state)
             else:
                 if known.estimator is None:
                     _LOG.info("SparseELBO uses Exact().")
@@ -273,7 +275,8 @@ class SparseELBO(ELBO):
         for index, (name, site) in enumerate(sites.items()):
             layout.check(name, site.law, site.plates, first=index == 0)
         integrand = Integrand(model, args, kwargs, layout, subsamples)
-        self._auxiliary = any(site.auxiliary for site in sites.values())
+        if self.bound.weighted:
+            _check_points(self.bound, sites)
         values = {name: site.draw.value for name, site in sites.items()}
         terms = integrand.run(values)
         scale = 1.0 if isinstance(self.bound, Mean) else _scale(sites, terms)
@@ -392,12 +395,6 @@ class SparseELBO(ELBO):
                 f"Expected site {name!r} in the same plates in guide and model, got "
                 f"{sorted(site.plates.values())} and {sorted(prior.plates.values())}."
             )
-        point = isinstance(leaf(law), dist.Delta)
-        if point and self.bound.weighted and not self._auxiliary:
-            raise ValueError(
-                f"Expected a guide with a law at site {name!r}, got Delta: {self.bound!r} is made "
-                "of log-weights, and a point has none. Use Mean(), which then is the MAP loss."
-            )
         ratio = isinstance(leaf(law), dist.Delta) or (self.bound.weighted and not site.shared)
         if not ratio:
             try:
@@ -446,7 +443,6 @@ class SparseELBO(ELBO):
         elif sites is None:
             sites = run_guide(guide, args, kwargs, layout, _sample, subsamples)
         carried = {name: sites[name].law for name in known.carried}
-        self._auxiliary = any(site.auxiliary for site in sites.values())
         scored = [n for n, site in sites.items() if n not in carried and is_scored(site.law)]
         if scored:
             kind = type(leaf(sites[scored[0]].law)).__name__
@@ -528,6 +524,16 @@ def _check_data(name: str, site: ModelSite) -> None:
     shape = tuple(site.value.shape) if isinstance(site.value, Tensor) else ()
     event = len(site.law.event_shape)
     check_plates(name, torch.empty(shape[: len(shape) - event], device="meta"), site.plates)
+
+
+def _check_points(bound: Bound, sites: dict[str, GuideSite]) -> None:
+    """Refuse points where log-weights are asked for; an autoguide's are its auxiliary draws."""
+    points = [name for name, site in sites.items() if isinstance(leaf(site.law), dist.Delta)]
+    if points and not any(site.auxiliary for site in sites.values()):
+        raise ValueError(
+            f"Expected a guide with a law at site {points[0]!r}, got Delta: {bound!r} is made of "
+            "log-weights, and a point has none. Use Mean(), which then is the MAP loss."
+        )
 
 
 def _check_pair(estimator: Estimator, bound: Bound) -> None:
