@@ -23,7 +23,6 @@ from pyro_sparse.infer.guard import Fault, Guard, RollBack, Stop
 from pyro_sparse.infer.history import EarlyStopping, History
 from pyro_sparse.infer.log_weights import LogWeights, log_weights
 from pyro_sparse.infer.noise import NoiseEM
-from pyro_sparse.infer.perceptual import PerceptualLoss, ms_ssim
 from pyro_sparse.infer.phases import Phase, Update
 from pyro_sparse.infer.published import Concrete, StraightThrough, SubGradient
 from pyro_sparse.infer.schedules import (
@@ -34,7 +33,6 @@ from pyro_sparse.infer.schedules import (
     Scheduled,
     Warmup,
 )
-from pyro_sparse.infer.supervised import Reconstruct, Supervised
 
 __all__ = [
     "BestOf",
@@ -63,12 +61,10 @@ __all__ = [
     "LogWeights",
     "Mean",
     "NoiseEM",
-    "PerceptualLoss",
     "Phase",
     "Progress",
     "RateEM",
     "RateLoss",
-    "Reconstruct",
     "Renyi",
     "RollBack",
     "Scheduled",
@@ -76,7 +72,6 @@ __all__ = [
     "Stop",
     "StraightThrough",
     "SubGradient",
-    "Supervised",
     "Update",
     "Warmup",
     "enumerate_posterior",
@@ -84,7 +79,6 @@ __all__ = [
     "gibbs",
     "load",
     "log_weights",
-    "ms_ssim",
     "register_savable",
     "save",
 ]
