@@ -20,11 +20,11 @@ class Contributors(NamedTuple):
     """The training data with the largest weights, for each datum.
 
     Attributes:
-        index: Rows of the training data, largest magnitude of the weight first; ``(m, count)``.
+        rows: Rows of the training data, largest magnitude of the weight first; ``(m, count)``.
         weight: Their weights, with sign; ``(m, count)``.
     """
 
-    index: Tensor
+    rows: Tensor
     weight: Tensor
 
 
@@ -103,7 +103,7 @@ class Representer:
     Example:
         >>> data = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
         >>> found = Representer(data, codes=torch.tensor([[2.0], [0.0]]), ridge=1e-6)
-        >>> found.atoms
+        >>> found.atoms.round(decimals=3)
         tensor([[1., 0.]])
         >>> found.weights(torch.tensor([[3.0]]))  # 3 times the atom: one and a half first data
         tensor([[1.5000, 0.0000]])
@@ -347,8 +347,8 @@ def _rows(dictionary: Dictionary | Tensor, data: Tensor, codes: Tensor) -> Tenso
     if isinstance(dictionary, Dictionary):
         if dictionary.code_dims != 1:
             raise NotImplementedError(
-                "Expected a dense dictionary, got one whose codes have positions: its atoms are sums "
-                "of patches, not of whole training data."
+                "Expected a dense dictionary, got one whose codes have positions: its atoms are "
+                "sums of patches, not of whole training data."
             )
         dictionary = dictionary.atoms
     check_tensor("dictionary", dictionary)
