@@ -23,6 +23,7 @@ from pyro_sparse.infer.guard import Fault, Guard, RollBack, Stop
 from pyro_sparse.infer.history import EarlyStopping, History
 from pyro_sparse.infer.log_weights import LogWeights, log_weights
 from pyro_sparse.infer.noise import NoiseEM
+from pyro_sparse.infer.perceptual import PerceptualLoss, ms_ssim
 from pyro_sparse.infer.phases import Phase, Update
 from pyro_sparse.infer.published import Concrete, StraightThrough, SubGradient
 from pyro_sparse.infer.schedules import (
@@ -33,6 +34,7 @@ from pyro_sparse.infer.schedules import (
     Scheduled,
     Warmup,
 )
+from pyro_sparse.infer.supervised import Reconstruct, Supervised
 
 __all__ = [
     "BestOf",
@@ -61,10 +63,12 @@ __all__ = [
     "LogWeights",
     "Mean",
     "NoiseEM",
+    "PerceptualLoss",
     "Phase",
     "Progress",
     "RateEM",
     "RateLoss",
+    "Reconstruct",
     "Renyi",
     "RollBack",
     "Scheduled",
@@ -72,6 +76,7 @@ __all__ = [
     "Stop",
     "StraightThrough",
     "SubGradient",
+    "Supervised",
     "Update",
     "Warmup",
     "enumerate_posterior",
@@ -79,6 +84,7 @@ __all__ = [
     "gibbs",
     "load",
     "log_weights",
+    "ms_ssim",
     "register_savable",
     "save",
 ]
