@@ -243,7 +243,8 @@ class ShiftAveraged(nn.Module):
         chosen = [tuple(shift) for shift in shifts]
         if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(every):
             raise ValueError(
-                f"Expected different shifts below the stride {self.dictionary.stride}, got {shifts}."
+                f"Expected different shifts below the stride {self.dictionary.stride}, got "
+                f"{shifts}."
             )
         return chosen
 
