@@ -19,12 +19,12 @@ quick = functools.partial(fit, progress=False)
 NOISE = 0.5
 
 
-def make(**options: Any) -> tuple[SparseCoding, UnrolledFISTA, Tensor]:
+def make(size: int = 40) -> tuple[SparseCoding, UnrolledFISTA, Tensor]:
     """A model of sparse data, its guide, and clean data of other atoms."""
     dictionary, likelihood, prior = Dense(8, 5), Gaussian(NOISE), dist.Laplace(0.0, 0.7)
     model = SparseCoding(dictionary, likelihood, prior)
-    guide = UnrolledFISTA(dictionary, likelihood, prior, num_steps=5, **options)
-    codes = torch.randn(40, 8) * (torch.rand(40, 8) < 0.2)
+    guide = UnrolledFISTA(dictionary, likelihood, prior, num_steps=5)
+    codes = torch.randn(size, 8) * (torch.rand(size, 8) < 0.2)
     return model, guide, Dense(8, 5)(codes).detach()
 
 
@@ -192,8 +192,8 @@ def test_in_painting_hides_samples_from_the_guide_but_not_from_the_error() -> No
 
 
 def test_fit_corrupts_anew_at_every_step_and_denoises_better() -> None:
-    model, guide, clean = make()
-    held_out = clean[30:]
+    model, guide, clean = make(300)
+    clean, held_out = clean[:150], clean[150:]
     given = noisy(held_out)
 
     def error() -> float:
@@ -201,13 +201,13 @@ def test_fit_corrupts_anew_at_every_step_and_denoises_better() -> None:
             return float((Reconstruct(model, guide)(given) - held_out).square().mean())
 
     before, corrupt = error(), Recorded()
-    adam = functools.partial(torch.optim.Adam, lr=0.02)
-    loss = Supervised(corrupt=corrupt)
-    history = quick(model, guide, clean[:30], loss=loss, optimizer=adam, epochs=60, batch_size=15)
+    adam, loss = functools.partial(torch.optim.Adam, lr=0.02), Supervised(corrupt=corrupt)
+    history = quick(model, guide, clean, loss=loss, optimizer=adam, epochs=30, batch_size=30)
+    # To four fifths, on noise that it has not seen: the clean data are those of other atoms.
     assert error() < 0.8 * before
-    assert history.epoch_loss[-1] < history.epoch_loss[0] < 10  # the loss itself, whatever num_data
+    assert history.epoch_loss[-1] < history.epoch_loss[0] < 1  # of one sample, whatever num_data
     noise = [given - clean for given, clean in zip(corrupt.given, corrupt.clean)]
-    assert len({float(n.sum()) for n in noise}) == len(noise) >= 120
+    assert len({float(n.sum()) for n in noise}) == len(noise) >= 150
     assert dict(pyro.get_param_store()) == {}
 
 
