@@ -8,6 +8,7 @@ from pyro_sparse.guides.posteriors import (
     SpikeAndSlabPosterior,
     ThresholdPosterior,
 )
+from pyro_sparse.guides.shifts import Mirrored, ShiftAveraged, Unobserved
 from pyro_sparse.guides.structured import StructuredThresholded
 from pyro_sparse.guides.thresholded import Thresholded
 from pyro_sparse.guides.unrolled import UnrolledFISTA
@@ -16,12 +17,15 @@ __all__ = [
     "DensePosterior",
     "GammaThresholdPosterior",
     "Heads",
+    "Mirrored",
     "PerDatum",
     "Posterior",
+    "ShiftAveraged",
     "SpikeAndSlabPosterior",
     "StructuredThresholded",
     "ThresholdPosterior",
     "Thresholded",
+    "Unobserved",
     "UnrolledEncoder",
     "UnrolledFISTA",
 ]

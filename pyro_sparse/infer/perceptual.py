@@ -92,8 +92,9 @@ def ms_ssim(
 
 
 class PerceptualLoss(nn.Module):
-    r"""Structural similarity and absolute error: :math:`a\,(1 - \mathrm{MS\text{-}SSIM}) + (1 - a)\,
-    \mathrm{mean} |x - y|`.
+    r"""Structural similarity and absolute error, mixed.
+
+    .. math:: a\, (1 - \mathrm{MS\text{-}SSIM}(x, y)) + (1 - a)\, \operatorname{mean} |x - y|
 
     The alternative to the mean squared error in the released code of CRsAE and DCEA, with
     :math:`a = 0.8`. That code compares pictures in [0, 1] with a data range of 255, under which

@@ -200,9 +200,7 @@ class _SupervisedObjective(nn.Module):
         self.plain = Reconstruct(model, guide)
         self.supervised = (supervised,)
 
-    def forward(
-        self, y: Tensor, num_data: int | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, y: Tensor, num_data: int | None = None, mask: Tensor | None = None) -> Tensor:
         (supervised,) = self.supervised
         check_tensor("y", y)
         if mask is not None:
