@@ -231,7 +231,7 @@ def _mean(name: str, law: Any) -> Tensor:
     return mean
 
 
-def _latent(site: dict[str, Any]) -> bool:
+def _latent(site: Any) -> bool:
     return (
         site["type"] == "sample"
         and not site["is_observed"]

@@ -327,7 +327,7 @@ def test_a_photograph_is_denoised_better_than_at_any_single_shift() -> None:
 @pytest.mark.parametrize(
     ("build", "error", "match"),
     [
-        (lambda a: (a.guide, Dense(4, 5), a.likelihood), TypeError, "a Conv dictionary, got Dense"),
+        (lambda a: (a.guide, Dense(4, 5), a.likelihood), TypeError, "Expected a Conv dictionary"),
         (lambda a: (a.guide, a.dictionary, 0.1), TypeError, "a Likelihood, got float"),
         (lambda a: (nn.Linear(2, 2), a.dictionary, a.likelihood), TypeError, "got Linear"),
         (

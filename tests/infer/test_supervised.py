@@ -201,14 +201,15 @@ def test_fit_corrupts_anew_at_every_step_and_denoises_better() -> None:
             return float((Reconstruct(model, guide)(given) - held_out).square().mean())
 
     before, corrupt = error(), Recorded()
+    pyro.clear_param_store()  # of what the programs claimed when they ran by themselves
     adam, loss = functools.partial(torch.optim.Adam, lr=0.02), Supervised(corrupt=corrupt)
     history = quick(model, guide, clean, loss=loss, optimizer=adam, epochs=30, batch_size=30)
+    assert dict(pyro.get_param_store()) == {}
     # To four fifths, on noise that it has not seen: the clean data are those of other atoms.
     assert error() < 0.8 * before
     assert history.epoch_loss[-1] < history.epoch_loss[0] < 1  # of one sample, whatever num_data
     noise = [given - clean for given, clean in zip(corrupt.given, corrupt.clean)]
     assert len({float(n.sum()) for n in noise}) == len(noise) >= 150
-    assert dict(pyro.get_param_store()) == {}
 
 
 def test_fit_repeats_its_noise_from_a_seed() -> None:
