@@ -17,7 +17,7 @@ from pyro_sparse.distributions import Law, Prior, check_prior, check_rate, codes
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.infer.store import claim_names
 from pyro_sparse.likelihoods import Likelihood, check_data
-from pyro_sparse.solvers import Method, Unrolled
+from pyro_sparse.solvers import Method, Shrinkage, Unrolled
 
 
 class UnrolledFISTA(PyroModule):
@@ -43,8 +43,10 @@ class UnrolledFISTA(PyroModule):
             from site name to value, as Pyro's autoguides do.
         num_steps: Number of layers.
         method: ``solvers.FISTA()`` (default) or ``solvers.ISTA()``.
-        learn_thresholds: Learn a factor on the threshold of each atom, starting from 1.
-        threshold_decay: Factor on all thresholds from one layer to the next, in (0, 1].
+        shrinkage: What a layer does with the value of its gradient step: ``solvers.Proximal(...)``,
+            ``HardThreshold(...)``, ``Bias(...)``, ``TopK(...)``. By default the prior's proximal
+            step with a learned factor on the threshold of each atom; ``Proximal()`` learns none.
+        step_size: Fixed step, "as published", in place of ``lipschitz`` and the curvature.
         lipschitz: Fixed value in place of the dictionary's squared norm, "as published"; the
             published values often lie below the true one. None: a safe bound at every call.
         analysis: Dictionary whose adjoint the layers use; default ``dictionary``.
@@ -78,8 +80,8 @@ class UnrolledFISTA(PyroModule):
         rest: Callable[..., dict[str, Tensor]] | None = None,
         num_steps: int = 15,
         method: Method | None = None,
-        learn_thresholds: bool = True,
-        threshold_decay: float = 1.0,
+        shrinkage: Shrinkage | None = None,
+        step_size: float | None = None,
         lipschitz: float | None = None,
         analysis: Dictionary | None = None,
         synthesis: Dictionary | None = None,
@@ -103,8 +105,8 @@ class UnrolledFISTA(PyroModule):
             likelihood,
             num_steps=num_steps,
             method=method,
-            learn_thresholds=learn_thresholds,
-            threshold_decay=threshold_decay,
+            shrinkage=shrinkage,
+            step_size=step_size,
             lipschitz=lipschitz,
             analysis=analysis,
             synthesis=synthesis,
@@ -232,8 +234,8 @@ def _arguments(guide: UnrolledFISTA) -> dict[str, Any]:
         "rest": guide.rest,
         "num_steps": encoder.num_steps,
         "method": encoder.method,
-        "learn_thresholds": encoder.log_threshold is not None,
-        "threshold_decay": encoder.threshold_decay,
+        "shrinkage": encoder.shrinkage,
+        "step_size": encoder.step_size,
         "lipschitz": encoder.lipschitz,
         "analysis": encoder.analysis,
         "synthesis": encoder.synthesis,

@@ -624,7 +624,8 @@ def test_options_of_fit_out_of_range(options: dict, match: str) -> None:
 @pytest.mark.parametrize(("options", "error", "match"), [
     ({"num_steps": 0}, ValueError, "num_steps >= 1, got 0"),
     ({"num_steps": "many"}, TypeError, "num_steps to be a Integral, got 'many'"),
-    ({"threshold_decay": 1.5}, ValueError, r"threshold_decay in \(0, 1\], got 1.5"),
+    ({"step_size": -1.5}, ValueError, "finite step_size > 0, got -1.5"),
+    ({"shrinkage": 0.5}, TypeError, "shrinkage to be a Shrinkage, got 0.5"),
     ({"lipschitz": -1.0}, ValueError, "finite lipschitz > 0, got -1.0"),
     ({"method": "fista"}, TypeError, "method to be a Method, got 'fista'"),
     ({"rest": 3}, TypeError, "rest to be a guide of the other sites.*got int"),

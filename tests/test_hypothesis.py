@@ -614,8 +614,7 @@ options_of_layers = st.fixed_dictionaries(
     optional={
         "num_steps": st.one_of(st.integers(-1, 3), junk),
         "method": methods,
-        "learn_thresholds": st.booleans(),
-        "threshold_decay": numbers,
+        "step_size": numbers,
         "lipschitz": numbers,
         "analysis": st.one_of(junk, dictionaries),
         "synthesis": st.one_of(junk, dictionaries),
@@ -631,8 +630,8 @@ def test_options_of_unrolled(dictionary: Any, likelihood: Any, options: dict[str
     encoder = answer(lambda: Unrolled(dense(), likelihood, **options))
     if encoder is not REFUSED:
         codes = answer(lambda: encoder(torch.ones(2, 4), law))
-        small = options.get("lipschitz") or 1.0
-        assert codes is REFUSED or small < 1e-3 or whole(codes, (2, 3)) is None
+        large = options.get("step_size") or 1 / (options.get("lipschitz") or 1.0)
+        assert codes is REFUSED or large > 1e3 or whole(codes, (2, 3)) is None
 
 
 @every

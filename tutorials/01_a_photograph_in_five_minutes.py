@@ -41,6 +41,7 @@ from pyro_sparse.dictionaries import Conv
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
+from pyro_sparse.solvers import Proximal
 
 SMOKE = os.environ.get("SMOKE") == "1"
 FIGURES = Path(os.environ.get("FIGURES", "tutorials/figures"))
@@ -75,7 +76,7 @@ dictionary = Conv(num_atoms=64, channels=1, kernel_size=(8, 8), stride=4)
 likelihood = Gaussian(photograph.SIGMA)
 prior = dist.Laplace(0.0, photograph.SIGMA / 1.8)
 model = SparseCoding(dictionary, likelihood, prior)
-guide = UnrolledFISTA(dictionary, likelihood, prior, num_steps=20, learn_thresholds=False)
+guide = UnrolledFISTA(dictionary, likelihood, prior, num_steps=20, shrinkage=Proximal())
 
 # %% [markdown]
 # ## Training

@@ -5,6 +5,7 @@ from pyro_sparse.infer.bounds import BestOf, Bound, Importance, Mean, Renyi
 from pyro_sparse.infer.bundle import load, register_savable, save
 from pyro_sparse.infer.callbacks import Callback, Progress
 from pyro_sparse.infer.checkpoints import Checkpoints
+from pyro_sparse.infer.differentiated import Differentiated, Reconstruction
 from pyro_sparse.infer.elbo import SparseELBO
 from pyro_sparse.infer.em import RateEM, RateLoss
 from pyro_sparse.infer.estimators import (
@@ -45,6 +46,7 @@ __all__ = [
     "Constant",
     "ControlVariate",
     "Cyclic",
+    "Differentiated",
     "DisARM",
     "EarlyStopping",
     "Estimator",
@@ -69,6 +71,7 @@ __all__ = [
     "RateEM",
     "RateLoss",
     "Reconstruct",
+    "Reconstruction",
     "Renyi",
     "RollBack",
     "Scheduled",

@@ -23,7 +23,7 @@ from pyro_sparse.distributions import (
 )
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.likelihoods import Gaussian
-from pyro_sparse.solvers import FISTA, ISTA, Unrolled
+from pyro_sparse.solvers import FISTA, ISTA, Bias, HardThreshold, Proximal, TopK, Unrolled
 
 
 def _atoms(dictionary: nn.Module) -> dict[str, Any]:
@@ -95,6 +95,11 @@ def _independent(base: Any, dims: int) -> Any:
     return dist.Independent(base, dims)
 
 
+def _proximal(log_factor: Tensor | None, decay: float) -> Proximal:
+    made = Proximal(None if log_factor is None else len(log_factor), decay=decay)
+    return made if log_factor is None else made.to(log_factor)
+
+
 def _register_all() -> None:
     def listed(*names: str) -> Callable[[Any], dict[str, Any]]:
         return lambda value: {name: getattr(value, name) for name in names}
@@ -129,11 +134,30 @@ def _register_all() -> None:
         Unrolled,
         name="pyro_sparse.solvers.Unrolled",
         arguments=lambda solver: {
-            "learn_thresholds": solver.log_threshold is not None,
-            **listed("dictionary", "likelihood", "num_steps", "method")(solver),
-            **listed("threshold_decay", "lipschitz", "analysis", "synthesis")(solver),
+            **listed("dictionary", "likelihood", "num_steps", "method", "shrinkage")(solver),
+            **listed("step_size", "lipschitz", "analysis", "synthesis")(solver),
         },
     )
+    place = "pyro_sparse.solvers."
+    register_savable(
+        Proximal,
+        name=place + "Proximal",
+        arguments=lambda shrinkage: {
+            "log_factor": None if shrinkage.log_factor is None else shrinkage.log_factor.detach(),
+            "decay": shrinkage.decay,
+        },
+        build=_proximal,
+    )
+    register_savable(HardThreshold, name=place + "HardThreshold")
+    register_savable(
+        Bias,
+        name=place + "Bias",
+        arguments=lambda shrinkage: {
+            "init": shrinkage.bias.detach(),
+            "two_sided": shrinkage.two_sided,
+        },
+    )
+    register_savable(TopK, name=place + "TopK")
     register_savable(
         Gaussian,
         name="pyro_sparse.likelihoods.Gaussian",

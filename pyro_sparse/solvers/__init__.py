@@ -1,20 +1,40 @@
 """Proximal-gradient steps, unrolled into an encoder or run to a certificate; coordinate ascent."""
 
 from pyro_sparse.solvers.coordinate_ascent import MeanField, coordinate_ascent
+from pyro_sparse.solvers.gradients import (
+    BackPropagation,
+    Detached,
+    Gradient,
+    Implicit,
+    Truncated,
+    differentiated,
+)
 from pyro_sparse.solvers.methods import FISTA, ISTA, Method, State
 from pyro_sparse.solvers.problem import Problem
+from pyro_sparse.solvers.shrinkage import Bias, HardThreshold, Proximal, Shrinkage, TopK
 from pyro_sparse.solvers.solve import Solution, solve
 from pyro_sparse.solvers.unrolled import Unrolled
 
 __all__ = [
     "FISTA",
     "ISTA",
+    "BackPropagation",
+    "Bias",
+    "Detached",
+    "Gradient",
+    "HardThreshold",
+    "Implicit",
     "MeanField",
     "Method",
     "Problem",
+    "Proximal",
+    "Shrinkage",
     "Solution",
     "State",
+    "TopK",
+    "Truncated",
     "Unrolled",
     "coordinate_ascent",
+    "differentiated",
     "solve",
 ]

@@ -60,21 +60,20 @@ class Problem:
         residual = self.likelihood.residual(predictor, self.y)
         return residual if self.mask is None else residual * self.mask
 
-    def proximal_step(
-        self, point: Tensor | None, step: Tensor, prox_step: Tensor | None = None
-    ) -> Tensor:
-        """One proximal-gradient step.
+    def ascend(self, point: Tensor | None, step: Tensor) -> Tensor:
+        """Codes after one gradient step on the log-likelihood.
 
         Args:
             point: Codes to step from; None for zero, which saves a synthesis.
             step: Step size, broadcastable to codes.
-            prox_step: Step of the prior's prox where it differs from ``step`` (learned or
-                decaying thresholds).
         """
         predictor = torch.zeros_like(self.y) if point is None else self.synthesis.forward(point)
         ascent = step * self.analysis.adjoint(self.score(predictor))
-        value = ascent if point is None else point + ascent
-        return prox(self.law, value, step if prox_step is None else prox_step)
+        return ascent if point is None else point + ascent
+
+    def proximal_step(self, point: Tensor | None, step: Tensor) -> Tensor:
+        """One proximal-gradient step, from ``point`` (None for zero)."""
+        return prox(self.law, self.ascend(point, step), step)
 
     def objective(self, codes: Tensor) -> Tensor:
         """Loss plus penalty of each datum, in nats above the best conceivable; leading shape."""

@@ -12,28 +12,35 @@ from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Law
 from pyro_sparse.likelihoods import Likelihood, check_mask
 from pyro_sparse.ops import check_tensor
-from pyro_sparse.solvers.methods import FISTA, Method
+from pyro_sparse.solvers.gradients import current_gradient
+from pyro_sparse.solvers.methods import FISTA, Method, State
 from pyro_sparse.solvers.problem import Problem
+from pyro_sparse.solvers.shrinkage import Proximal, Shrinkage
 
 
 class Unrolled(nn.Module):
     r"""Fixed number of proximal-gradient steps, differentiable in everything.
 
-    From zero, with step :math:`s` and thresholds :math:`\tau_k`, layer :math:`t` is
+    From zero, with step :math:`s`, layer :math:`t` is
 
-    .. math:: z_{t+1} = \mathrm{prox}_{\tau \beta^t s}\big(w_t + s\, D^T \partial_\eta
+    .. math:: z_{t+1} = \mathrm{shrink}_t\big(w_t + s\, D^T \partial_\eta
         \log p(y \mid D w_t)\big)
 
-    where the method makes the next :math:`w` and the prox is the prior's. With
-    :math:`\tau = \beta = 1`, tied weights and enough steps it converges to the MAP codes.
+    where the method makes the next :math:`w`, and the shrinkage is the prior's proximal step unless
+    another is given. With that, tied weights and enough steps it converges to the MAP codes. How
+    much of it is differentiated an objective may choose: ``infer.Differentiated``.
+
+    LISTA and CSCNet are ``analysis`` and ``synthesis`` of their own, ``ISTA()`` and a ``Bias``.
 
     Args:
         dictionary: Gives :math:`D`; tied to the model's when it is the same object.
         likelihood: Gives the residual and the curvature.
         num_steps: Number of layers, ``>= 1``.
         method: ``FISTA()`` or ``ISTA()``; default FISTA.
-        learn_thresholds: Learn a factor :math:`\tau_k > 0` on the prox of each atom, from 1.
-        threshold_decay: :math:`\beta \in (0, 1]`.
+        shrinkage: ``Proximal(...)``, ``HardThreshold(...)``, ``Bias(...)``, ``TopK(...)``; by
+            default ``Proximal(num_atoms)``, which learns a factor on the threshold of each atom.
+        step_size: The step :math:`s` as a fixed number, as in published nets whose dictionaries
+            have absorbed it. In place of ``lipschitz`` and of the likelihood's curvature.
         lipschitz: Fixed value in place of the dictionary's squared norm, as in published nets
             (which often lies below the true one). None: the safe bound, refreshed at every call.
         analysis: Where :math:`D^T` is taken from; the dictionary if not given. Any dictionary with
@@ -55,8 +62,8 @@ class Unrolled(nn.Module):
         *,
         num_steps: int = 15,
         method: Method | None = None,
-        learn_thresholds: bool = True,
-        threshold_decay: float = 1.0,
+        shrinkage: Shrinkage | None = None,
+        step_size: float | None = None,
         lipschitz: float | None = None,
         analysis: Dictionary | None = None,
         synthesis: Dictionary | None = None,
@@ -68,26 +75,30 @@ class Unrolled(nn.Module):
         _check_kind("likelihood", likelihood, Likelihood)
         _check_kind("method", method, Method, optional=True)
         _check_kind("num_steps", num_steps, Integral)
-        _check_kind("threshold_decay", threshold_decay, Real)
+        _check_kind("shrinkage", shrinkage, Shrinkage, optional=True)
+        _check_kind("step_size", step_size, Real, optional=True)
         _check_kind("lipschitz", lipschitz, Real, optional=True)
         if num_steps < 1:
             raise ValueError(f"Expected num_steps >= 1, got {num_steps}.")
-        if not 0 < threshold_decay <= 1:
-            raise ValueError(f"Expected threshold_decay in (0, 1], got {threshold_decay}.")
-        if lipschitz is not None and not 0 < lipschitz < math.inf:
-            raise ValueError(f"Expected a finite lipschitz > 0, got {lipschitz}.")
+        for name, number in (("step_size", step_size), ("lipschitz", lipschitz)):
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(f"Expected a finite {name} > 0, got {number}.")
+        if step_size is not None and lipschitz is not None:
+            raise ValueError(
+                f"Expected step_size or lipschitz, got both: {step_size}, {lipschitz}. The first "
+                "is the whole step, the second leaves the likelihood's curvature to be divided by."
+            )
         self.dictionary = dictionary
         self.likelihood = likelihood
         self.analysis = analysis
         self.synthesis = synthesis
         self.num_steps = num_steps
         self.method = FISTA() if method is None else method
-        self.threshold_decay = threshold_decay
+        self.step_size = step_size
         self.lipschitz = lipschitz
-        self.log_threshold: nn.Parameter | None = None
-        if learn_thresholds:
-            zeros = dictionary.like.new_zeros(dictionary.num_atoms)
-            self.log_threshold = nn.Parameter(zeros)
+        if shrinkage is None:
+            shrinkage = Proximal(dictionary.num_atoms).to(dictionary.like)
+        self.shrinkage = shrinkage
 
     def forward(
         self,
@@ -121,19 +132,13 @@ class Unrolled(nn.Module):
         problem = Problem(
             y, synthesis, analysis, self.likelihood, law, self.dictionary.signal_dims, mask
         )
+        return current_gradient().codes(_Layers(self, problem, self._step(problem)))
+
+    def _step(self, problem: Problem) -> Tensor:
+        if self.step_size is not None:
+            return torch.as_tensor(self.step_size, dtype=problem.y.dtype, device=problem.y.device)
         lipschitz = self.lipschitz
-        step = problem.step_size(problem.squared_norm() if lipschitz is None else lipschitz)
-        prox_step = step
-        if self.log_threshold is not None:
-            positions = [1] * (problem.code_dims - 1)
-            prox_step = step * self.log_threshold.exp().reshape(-1, *positions)
-        state = self.method.start()
-        for layer in range(self.num_steps):
-            decayed = prox_step * self.threshold_decay**layer
-            codes = problem.proximal_step(state.point, step, decayed)
-            state = self.method.advance(state, codes, problem.code_dims)
-        assert state.codes is not None
-        return state.codes
+        return problem.step_size(problem.squared_norm() if lipschitz is None else lipschitz)
 
     def _check(self, y: Tensor, law: Law, mask: Tensor | None, atoms: Tensor | None) -> None:
         """Once for all layers, which check nothing."""
@@ -159,6 +164,34 @@ class Unrolled(nn.Module):
                 f"{tuple(law.event_shape)}. Try distributions.codes_prior."
             )
         self.likelihood.check(y)
+
+
+class _Layers:
+    """The layers of an encoder for given data."""
+
+    def __init__(self, encoder: Unrolled, problem: Problem, step: Tensor) -> None:
+        self.num_steps = encoder.num_steps
+        self.method, self.shrinkage = encoder.method, encoder.shrinkage
+        self.problem, self.step = problem, step
+        self.code_dims = problem.code_dims
+        self.symmetric = problem.analysis is problem.synthesis
+
+    def start(self) -> State:
+        return self.method.start()
+
+    def layer(self, state: State, index: int) -> State:
+        value = self.problem.ascend(state.point, self.step)
+        return self.method.advance(state, self._shrunk(value, index), self.code_dims)
+
+    def ascend(self, point: Tensor) -> Tensor:
+        return self.problem.ascend(point, self.step)
+
+    def shrink(self, value: Tensor) -> Tensor:
+        return self._shrunk(value, self.num_steps - 1)
+
+    def _shrunk(self, value: Tensor, index: int) -> Tensor:
+        codes: Tensor = self.shrinkage(self.problem.law, value, self.step, index, self.num_steps)
+        return codes
 
 
 def _check_leading(of_data: torch.Size, of_atoms: torch.Size) -> None:

@@ -25,7 +25,7 @@ from pyro_sparse.guides import (
 from pyro_sparse.infer import SparseELBO, load, save
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
-from pyro_sparse.solvers import ISTA, Unrolled
+from pyro_sparse.solvers import ISTA, Proximal, Unrolled
 
 F64 = torch.float64
 DICTIONARIES = {
@@ -343,7 +343,7 @@ def test_heads_of_torchs_layers_come_back(tmp_path: Path, dtype: torch.dtype) ->
 @weights
 def test_an_unrolled_encoder_comes_back_tied_as_it_was(tmp_path: Path, weights: str) -> None:
     model, y, _ = planted(5)
-    options = {"num_steps": 3, "method": ISTA(), "threshold_decay": 0.9, "lipschitz": 4.0}
+    options = {"num_steps": 3, "method": ISTA(), "shrinkage": Proximal(decay=0.9), "lipschitz": 4.0}
     solver = SOLVERS[weights](model.dictionary, model.likelihood, **options)
     encoder = UnrolledEncoder(solver, dist.Laplace(0.0, 0.2), init_probs=0.3, init_scale=2.0)
     shake(encoder)

@@ -20,7 +20,7 @@ from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
 from pyro_sparse.ops import soft_threshold
-from pyro_sparse.solvers import ISTA, solve
+from pyro_sparse.solvers import ISTA, Proximal, solve
 
 GEOMETRIES = {
     "dense": (lambda: Dense(6, 4), (4,), (6,)),
@@ -219,7 +219,7 @@ def test_a_prior_of_ones_own_serves_once_its_prox_is_registered() -> None:
 
 DECODER = {f"model.dictionary.{ATOMS}", f"guide.encoder.dictionary.{ATOMS}"}
 COPIES = {f"guide.encoder.analysis.{ATOMS}", f"guide.encoder.synthesis.{ATOMS}"}
-THRESHOLDS = {"guide.encoder.log_threshold"}
+THRESHOLDS = {"guide.encoder.shrinkage.log_factor"}
 NOISE = {f"model.likelihood.{SCALE}", f"guide.encoder.likelihood.{SCALE}"}
 RATE = {"model.rate.log_rate", "guide.encoder_rate.log_rate"}
 
@@ -234,8 +234,8 @@ RATE = {"model.rate.log_rate", "guide.encoder_rate.log_rate"}
         ("tied", {"trainable": True}, THRESHOLDS, [DECODER, NOISE]),
         ("untied", {"trainable": True}, THRESHOLDS | COPIES, [DECODER, NOISE]),
         ("tied", {"learned_rate": True}, THRESHOLDS, [DECODER, RATE]),
-        ("tied", {"learn_thresholds": False}, set(), [DECODER]),
-        ("untied", {"learn_thresholds": False}, COPIES, [DECODER]),
+        ("tied", {"shrinkage": Proximal()}, set(), [DECODER]),
+        ("untied", {"shrinkage": Proximal()}, COPIES, [DECODER]),
     ],
 )
 def test_every_parameter_is_listed_and_gets_a_gradient(
@@ -493,8 +493,8 @@ def test_a_state_dict_carries_everything(weights: str) -> None:
     ("options", "error", "message"),
     [
         ({"num_steps": 0}, ValueError, "num_steps >= 1, got 0"),
-        ({"threshold_decay": 0.0}, ValueError, r"threshold_decay in \(0, 1\], got 0.0"),
-        ({"threshold_decay": 1.1}, ValueError, r"threshold_decay in \(0, 1\], got 1.1"),
+        ({"step_size": 0.0}, ValueError, "step_size > 0, got 0.0"),
+        ({"shrinkage": 0.9}, TypeError, "shrinkage to be a Shrinkage, got 0.9"),
         ({"lipschitz": 0.0}, ValueError, "lipschitz > 0, got 0.0"),
         ({"lipschitz": float("nan")}, ValueError, "lipschitz > 0, got nan"),
         ({"prior": 0.3}, TypeError, "distribution or a callable"),

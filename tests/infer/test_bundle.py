@@ -23,7 +23,7 @@ from pyro_sparse.infer import bundle, storage
 from pyro_sparse.infer.bundle import load, register_savable, save
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
-from pyro_sparse.solvers import FISTA, ISTA
+from pyro_sparse.solvers import FISTA, ISTA, Proximal
 
 
 class LearnedRate(nn.Module):
@@ -156,8 +156,7 @@ def test_settings_of_a_guide_come_back(tmp_path: Path, method: Any, learn: bool)
         dist.Laplace(0.0, 1.0),
         num_steps=7,
         method=method,
-        learn_thresholds=learn,
-        threshold_decay=0.9,
+        shrinkage=Proximal(6 if learn else None, decay=0.9),
         lipschitz=3.5,
     )
     shake(guide)
@@ -397,8 +396,8 @@ def test_what_would_not_load_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="This would not load: expected no weights"):
         save(tmp_path / "run", grown=grown)
     guide = UnrolledFISTA(**parts())
-    guide.encoder.log_threshold = nn.Parameter(torch.zeros(6, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"log_threshold of a UnrolledFISTA.*float32.*float64"):
+    guide.encoder.shrinkage.log_factor = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"log_factor of a Proximal.*float32.*float64"):
         save(tmp_path / "run", guide=guide)
     register_savable(Grown, arguments=lambda _: {"size": 2})
     with pytest.raises(ValueError, match=r"Grown refuses its arguments.*unexpected keyword"):
@@ -542,7 +541,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
         "Dense refuses",
     ),
     "a state without its module": (
-        set_argument("UnrolledFISTA", "learn_thresholds", False), "expected no weights"
+        set_argument("Proximal", "log_factor", None), "expected no weights"
     ),
     "a module without its state": (
         set_argument("Dense", "unit_norm", False), "expected weights 'state:"
@@ -587,7 +586,7 @@ def test_weights_that_do_not_fit_are_refused(
     victim: Path, new: Callable[[Tensor], Tensor], match: str
 ) -> None:
     def change(weights: dict[str, Tensor]) -> None:
-        [name] = [name for name in weights if name.endswith("log_threshold")]
+        [name] = [name for name in weights if name.endswith("log_factor")]
         weights[name] = new(weights[name])
 
     with_weights(victim, change)
@@ -700,4 +699,4 @@ def test_weights_that_are_not_finite_pass_on_request(victim: Path) -> None:
         w.shape) == 1])  # fmt: skip
     refused(victim, "finite")
     guide = load(victim, finite=False)["guide"]
-    assert bool(guide.encoder.log_threshold.isnan().all())
+    assert bool(guide.encoder.shrinkage.log_factor.isnan().all())

@@ -25,6 +25,7 @@ from pyro_sparse.infer.em import RateEM, RateLoss
 from pyro_sparse.infer.noise import NoiseEM
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
+from pyro_sparse.solvers import Proximal
 
 WEAK = dist.Gamma(2.0, 1.0)
 SHAPES = {"dense": (7, 3), "conv1d": (5, 3, 6), "conv2d": (4, 3, 2, 5)}  # (n, atoms, *positions)
@@ -60,7 +61,7 @@ class World(nn.Module):
         self.dictionary = dictionary.double()
         self.rate = fresh(len(self.truth), init)
         self.noise = Gaussian(torch.tensor(noise).double())
-        options = {"rate": self.rate, "num_steps": 60, "learn_thresholds": False}
+        options = {"rate": self.rate, "num_steps": 60, "shrinkage": Proximal()}
         self.guide = UnrolledFISTA(self.dictionary, self.noise, laplace, **options)
         self.model = SparseCoding(self.dictionary, self.noise, laplace, rate=self.rate)
         scale = (1 / self.truth).reshape(-1, *[1] * len(positions))

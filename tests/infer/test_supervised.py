@@ -226,12 +226,12 @@ def test_fit_repeats_its_noise_from_a_seed() -> None:
 def test_fit_takes_a_mask_and_updates_of_parts() -> None:
     model, guide, clean = make()
     atoms = model.dictionary.atoms.detach().clone()
-    factor = guide.encoder.log_threshold.detach().clone()
-    update = Update(Supervised(corrupt=noisy), train=[guide.encoder.log_threshold])
+    factor = guide.encoder.shrinkage.log_factor.detach().clone()
+    update = Update(Supervised(corrupt=noisy), train=[guide.encoder.shrinkage.log_factor])
     mask = torch.rand(40, 5) < 0.8
     quick(model, guide, clean, mask=mask, phases=[Phase(2, [update])])
     assert torch.equal(model.dictionary.atoms, atoms)
-    assert not torch.equal(guide.encoder.log_threshold, factor)
+    assert not torch.equal(guide.encoder.shrinkage.log_factor, factor)
 
 
 def test_pictures_train_under_the_perceptual_loss() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pyro_sparse.dictionaries import Conv, Dense, Overhang, Periodic
 from pyro_sparse.distributions import codes_prior, register_prox, spread
 from pyro_sparse.likelihoods import Gaussian
-from pyro_sparse.solvers import FISTA, ISTA, Unrolled, solve
+from pyro_sparse.solvers import FISTA, ISTA, Proximal, Unrolled, solve
 
 RATE = 0.5
 
@@ -177,7 +177,7 @@ def test_recurrent_form_equals_a_stack_of_residual_layers(kind, accelerated, dec
         Gaussian(double(sigma)),
         num_steps=depth,
         method=FISTA() if accelerated else ISTA(),
-        threshold_decay=decay,
+        shrinkage=Proximal(decay=decay),
         lipschitz=lipschitz,
     )
     # In the Lasso's units: step 1 / L on the dictionary, threshold rate * sigma^2 / L.
@@ -231,14 +231,14 @@ def test_gradients_pass_gradcheck_away_from_the_kinks(accelerated):
         num_steps=depth,
         method=FISTA() if accelerated else ISTA(),
         lipschitz=lipschitz,
-        threshold_decay=1.0,
+        shrinkage=Proximal(6).double(),
     )
-    log_threshold = net.log_threshold.detach().clone()
+    log_threshold = net.shrinkage.log_factor.detach().clone()
 
     def run(y, atoms, log_threshold, rate):
         law = codes_prior(lambda rate: dist.Laplace(0.0, 1 / rate), rate, (6,), like=y)
         arguments = {"atoms": atoms}
-        values = {"log_threshold": log_threshold}
+        values = {"shrinkage.log_factor": log_threshold}
         return torch.func.functional_call(net, values, (y, law), arguments)
 
     rate = torch.full((6,), RATE, dtype=torch.float64)
@@ -250,7 +250,7 @@ def test_gradients_pass_gradcheck_away_from_the_kinks(accelerated):
 
 def test_gradients_of_a_convolutional_net_pass_gradcheck():
     dictionary = Conv(2, 1, 3, boundary=Overhang()).double()
-    net = Unrolled(dictionary, one(), num_steps=4, lipschitz=4.0, learn_thresholds=False)
+    net = Unrolled(dictionary, one(), num_steps=4, lipschitz=4.0, shrinkage=Proximal())
     law = laplace((2, 8), rate=0.2)
     y = torch.randn(1, 1, 6, dtype=torch.float64, requires_grad=True)
     atoms = dictionary.atoms.detach().clone().requires_grad_()
@@ -273,7 +273,7 @@ def test_every_parameter_gets_a_gradient(untied):
     # With both maps replaced, the dictionary serves for its shapes alone.
     unused = {name for name in gradients if untied and name.startswith("dictionary.")}
     assert used == set(gradients) - unused
-    assert (net.log_threshold.grad != 0).sum() > 10
+    assert (net.shrinkage.log_factor.grad != 0).sum() > 10
 
 
 # ---- options -----------------------------------------------------------------------------------
@@ -281,14 +281,14 @@ def test_every_parameter_gets_a_gradient(untied):
 
 def test_learned_thresholds_start_as_the_priors_and_scale_it_for_each_atom():
     dictionary, y = dense(), torch.randn(3, 12, dtype=torch.float64)
-    fixed = Unrolled(dictionary, one(), learn_thresholds=False)
+    fixed = Unrolled(dictionary, one(), shrinkage=Proximal())
     learned = Unrolled(dictionary, one())
-    assert fixed.log_threshold is None
-    assert learned.log_threshold.shape == (20,)
+    assert fixed.shrinkage.log_factor is None
+    assert learned.shrinkage.log_factor.shape == (20,)
     torch.testing.assert_close(learned(y, laplace((20,))), fixed(y, laplace((20,))))
     factors = torch.rand(20, dtype=torch.float64) * 3 + 0.1
     with torch.no_grad():
-        learned.log_threshold.copy_(factors.log())
+        learned.shrinkage.log_factor.copy_(factors.log())
     scaled = codes_prior(lambda rate: dist.Laplace(0.0, 1 / rate), RATE * factors, (20,), like=y)
     torch.testing.assert_close(learned(y, laplace((20,))), fixed(y, scaled))
 
@@ -299,7 +299,7 @@ def test_a_convolutional_threshold_is_shared_by_the_positions():
     net = Unrolled(dictionary, one())
     factors = torch.tensor([0.5, 1.0, 1e6], dtype=torch.float64)
     with torch.no_grad():
-        net.log_threshold.copy_(factors.log())
+        net.shrinkage.log_factor.copy_(factors.log())
     codes = net(y, laplace((3, 16), rate=0.1))
     assert (codes[:, 2] == 0).all()
     assert (codes[:, :2] != 0).any()
@@ -336,7 +336,7 @@ def test_the_safe_step_follows_the_atoms():
 def test_thresholds_decay_from_their_full_value():
     dictionary, y = dense(), torch.randn(3, 12, dtype=torch.float64)
     options = {"num_steps": 3, "method": ISTA(), "lipschitz": 5.0}
-    codes = Unrolled(dictionary, one(), threshold_decay=0.5, **options)(y, laplace((20,)))
+    codes = Unrolled(dictionary, one(), shrinkage=Proximal(decay=0.5), **options)(y, laplace((20,)))
     atoms = dictionary.atoms.detach()
     expected = torch.zeros_like(codes)
     for threshold in (RATE / 5, RATE / 10, RATE / 20):
@@ -389,15 +389,15 @@ def test_precision_and_device_are_those_of_the_dictionary(dtype, device):
     assert codes.shape == (2, 3, 20)
     assert (codes.dtype, codes.device) == (y.dtype, y.device)
     assert (codes == 0).any()
-    assert net.log_threshold.dtype == dtype
+    assert net.shrinkage.log_factor.dtype == dtype
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_steps": 0}, "num_steps >= 1, got 0"),
-        ({"threshold_decay": 0.0}, r"threshold_decay in \(0, 1\], got 0\.0"),
-        ({"threshold_decay": 1.1}, r"threshold_decay in \(0, 1\], got 1\.1"),
+        ({"step_size": 0.0}, "step_size > 0, got 0"),
+        ({"step_size": 0.1, "lipschitz": 10.0}, r"step_size or lipschitz, got both: 0\.1, 10"),
         ({"lipschitz": 0.0}, "lipschitz > 0, got 0"),
         ({"lipschitz": float("nan")}, "lipschitz > 0, got nan"),
     ],

@@ -20,7 +20,7 @@ from pyro_sparse.dictionaries import Conv
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
-from pyro_sparse.solvers import solve
+from pyro_sparse.solvers import Proximal, solve
 
 SAMPLE_INTERVAL = 0.0005
 """Seconds. The file carries no time axis; matplotlib's own example of this trace states it."""
@@ -68,7 +68,7 @@ def run(seed: int = 0, progress: bool = True) -> Result:
     prior = dist.Exponential(torch.tensor(rate))
     model = SparseCoding(dictionary, likelihood, prior)
     # Thresholds stay those of the model, so that what is detected follows from noise and rate.
-    guide = UnrolledFISTA(dictionary, likelihood, prior, num_steps=30, learn_thresholds=False)
+    guide = UnrolledFISTA(dictionary, likelihood, prior, num_steps=30, shrinkage=Proximal())
     y = torch.tensor(high_passed, dtype=torch.float32)[None, None]  # (n=1, channels=1, time)
     adam = functools.partial(torch.optim.Adam, lr=0.02)
     infer.fit(model, guide, y, optimizer=adam, epochs=60, seed=seed, progress=progress)

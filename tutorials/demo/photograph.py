@@ -22,6 +22,7 @@ from pyro_sparse.dictionaries import Conv
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
+from pyro_sparse.solvers import Proximal
 
 SIGMA = 20 / 255
 """Standard deviation of the noise; the one thing about it that is taken as known."""
@@ -65,7 +66,7 @@ def run(seed: int = 0, progress: bool = True) -> Result:
     learned = Conv(SIZE**2, 1, (SIZE, SIZE), STRIDE)
     likelihood, prior = Gaussian(SIGMA), dist.Laplace(0.0, SIGMA / level)
     model = SparseCoding(learned, likelihood, prior)
-    guide = UnrolledFISTA(learned, likelihood, prior, num_steps=DEPTH, learn_thresholds=False)
+    guide = UnrolledFISTA(learned, likelihood, prior, num_steps=DEPTH, shrinkage=Proximal())
     crops = random_crops(high_pass(noisy), random)
     for rate in (1e-2, 2e-3):
         adam = functools.partial(torch.optim.Adam, lr=rate)
@@ -173,9 +174,7 @@ def risk_estimate(
 def denoise(dictionary: Conv, noisy: np.ndarray[Any, Any], level: float) -> np.ndarray[Any, Any]:
     """Low-passed picture plus the reconstruction of the rest, averaged over all shifts."""
     prior = dist.Laplace(0.0, SIGMA / level)
-    guide = UnrolledFISTA(
-        dictionary, Gaussian(SIGMA), prior, num_steps=DEPTH, learn_thresholds=False
-    )
+    guide = UnrolledFISTA(dictionary, Gaussian(SIGMA), prior, num_steps=DEPTH, shrinkage=Proximal())
     rest = high_pass(noisy)
     y = torch.from_numpy(rest).float()[None, None]  # (n=1, channels=1, height, width)
     total = torch.zeros_like(y)

@@ -1,0 +1,264 @@
+"""How the codes of an unrolled encoder depend on its parameters, as far as a gradient goes.
+
+The codes are the same whichever is chosen; what differs is how much of the way that led to them is
+differentiated, and so the gradient of a dictionary that training follows. The choice is that of an
+objective (``infer.Differentiated``), which makes it for all encoders that run within it:
+
+    with differentiated(Detached()):
+        codes = encoder(y, law)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_sparse.dictionaries.base import check_sizes
+from pyro_sparse.solvers.methods import State
+
+
+class Layers(Protocol):
+    """What a choice of gradient asks of the layers of an encoder."""
+
+    num_steps: int
+    code_dims: int
+    symmetric: bool
+
+    def start(self) -> State:
+        """State before the first layer."""
+        ...
+
+    def layer(self, state: State, index: int) -> State:
+        """State after a layer, differentiable in the state and in all parameters."""
+        ...
+
+    def ascend(self, point: Tensor) -> Tensor:
+        """The gradient step of the last layer, from any codes."""
+        ...
+
+    def shrink(self, value: Tensor) -> Tensor:
+        """What the last layer makes of the value of a gradient step."""
+        ...
+
+
+class Gradient:
+    """Declares how much of an encoder is differentiated."""
+
+    def codes(self, layers: Layers) -> Tensor:
+        """Run the layers; the codes depend on the parameters as far as this says."""
+        raise NotImplementedError
+
+
+class BackPropagation(Gradient):
+    """Through all layers: the exact gradient of the network. Memory grows with its depth."""
+
+    def codes(self, layers: Layers) -> Tensor:  # noqa: D102
+        return _run(layers, layers.start(), 0, layers.num_steps)
+
+
+class Detached(Gradient):
+    """Not at all: codes are constants, and a dictionary learns as a decoder alone.
+
+    This is alternating minimisation. At converged MAP codes, and with their penalty in the
+    objective, it is the exact gradient (Danskin's theorem).
+    """
+
+    def codes(self, layers: Layers) -> Tensor:  # noqa: D102
+        with torch.no_grad():
+            return _run(layers, layers.start(), 0, layers.num_steps)
+
+
+class Truncated(Gradient):
+    """Through the last layers alone; memory grows with their number.
+
+    Through one of them it is the one-step gradient: cheap, and pointing elsewhere than the true one
+    (cosines of 0.6 to 0.8 are usual for convolutional dictionaries).
+
+    Args:
+        num_steps: How many layers, ``>= 1``; with the whole depth it is ``BackPropagation``.
+
+    Raises:
+        ValueError: If it is not a whole number of at least one.
+
+    References:
+        Williams & Peng (1990), Neural Comput. 2(4); one step: Bolte, Pauwels & Vaiter (2023),
+        NeurIPS 36.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        check_sizes(num_steps=num_steps)
+        self.num_steps = num_steps
+
+    def codes(self, layers: Layers) -> Tensor:  # noqa: D102
+        first = max(0, layers.num_steps - self.num_steps)
+        with torch.no_grad():
+            state = _advance(layers, layers.start(), 0, first)
+        return _run(layers, state, first, layers.num_steps)
+
+
+class Implicit(Gradient):
+    r"""At the fixed point, by the implicit function theorem; memory of one layer at any depth.
+
+    Converged codes solve :math:`z = F(z, \theta)`, :math:`F` the last layer without momentum, so
+    that :math:`\partial z / \partial \theta = (I - \partial_z F)^{-1} \partial_\theta F`. Where the
+    shrinkage acts by element, with slopes :math:`p`, and :math:`H` is the curvature of the data
+    term, the solve is
+
+    .. math:: (\mathrm{diag}(1 / p) - I + s H)\, u = g
+
+    on the active codes, symmetric and positive: conjugate gradients, one layer's backward pass
+    each, for each datum until its residual is small. How near this comes to the gradient of a deep
+    network is a matter of how converged the codes are; of a shallow one it is no gradient at all.
+
+    Args:
+        tol: Residual to reach, relative to the right-hand side, of every datum.
+        max_steps: Bound on the number of conjugate-gradient steps.
+
+    Raises:
+        ValueError: If a number is not positive; and at a call, if the encoder's weights are untied.
+        NotImplementedError: At the backward pass, if the shrinkage does not act by element, such as
+            on groups.
+
+    References:
+        Agrawal, Amos, Barratt, Boyd, Diamond & Kolter (2019), NeurIPS 32; for sparse codes:
+        Bertrand, Klopfenstein, Massias et al. (2022), JMLR 23(149).
+    """
+
+    def __init__(self, *, tol: float = 1e-6, max_steps: int = 100) -> None:
+        check_sizes(max_steps=max_steps)
+        if not tol > 0:
+            raise ValueError(f"Expected tol > 0, got {tol}.")
+        self.tol = tol
+        self.max_steps = max_steps
+
+    def codes(self, layers: Layers) -> Tensor:  # noqa: D102
+        if not layers.symmetric:
+            raise ValueError(
+                "Expected tied weights for an implicit gradient: with an analysis of its own the "
+                "layers are the gradient of nothing. Use BackPropagation() or Truncated(...)."
+            )
+        with torch.no_grad():
+            fixed = _run(layers, layers.start(), 0, layers.num_steps)
+        if not torch.is_grad_enabled():
+            return fixed
+        codes = layers.shrink(layers.ascend(fixed))
+        if codes.requires_grad:
+            codes.register_hook(lambda given: self._solved(layers, fixed, given))
+        return codes
+
+    def _solved(self, layers: Layers, fixed: Tensor, given: Tensor) -> Tensor:
+        """What to pull back through one layer, for a gradient by the codes."""
+        with torch.enable_grad():
+            point = fixed.detach().requires_grad_()
+            ascended = layers.ascend(point)
+            value = ascended.detach().requires_grad_()
+            slope = _slope(layers.shrink(value), value)
+
+        def less_curvature(u: Tensor) -> Tensor:  # u - s H u
+            (pulled,) = torch.autograd.grad(ascended, point, u, retain_graph=True)
+            return pulled
+
+        active = slope > 0
+        inverse = torch.where(active, 1 / torch.where(active, slope, torch.ones_like(slope)), 0)
+
+        def system(u: Tensor) -> Tensor:
+            return torch.where(active, inverse * u - less_curvature(u), torch.zeros_like(u))
+
+        rhs = torch.where(active, given, torch.zeros_like(given))
+        solution = self._conjugate_gradients(system, rhs, layers.code_dims)
+        return given + less_curvature(solution)
+
+    def _conjugate_gradients(
+        self, system: Callable[[Tensor], Tensor], rhs: Tensor, code_dims: int
+    ) -> Tensor:
+        """Solve for every datum; one that is done, or whose curvature vanishes, stays."""
+        dims = tuple(range(-code_dims, 0))
+
+        def dot(left: Tensor, right: Tensor) -> Tensor:
+            return (left * right).sum(dims, keepdim=True)
+
+        solution, residual, direction = torch.zeros_like(rhs), rhs, rhs
+        now = dot(residual, residual)
+        enough = self.tol**2 * now
+        for _ in range(self.max_steps):
+            going = now > enough
+            if not bool(going.any()):
+                break
+            image = system(direction)
+            bend = dot(direction, image)
+            going = going & (bend > 0)
+            length = torch.where(going, now / torch.where(going, bend, 1), 0)
+            solution = solution + length * direction
+            residual = residual - length * image
+            following = dot(residual, residual)
+            turn = torch.where(going, following / torch.where(going, now, 1), 0)
+            direction = residual + turn * direction
+            now = torch.where(going, following, torch.zeros_like(now))
+        return solution
+
+
+_CURRENT: ContextVar[Gradient] = ContextVar("gradient", default=BackPropagation())
+
+
+@contextmanager
+def differentiated(gradient: Gradient) -> Iterator[None]:
+    """Let all unrolled encoders that run within be differentiated so.
+
+    Raises:
+        TypeError: If ``gradient`` is no ``Gradient``.
+    """
+    check_gradient(gradient)
+    token = _CURRENT.set(gradient)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def current_gradient() -> Gradient:
+    """How encoders are differentiated here; ``BackPropagation()`` unless something else is said."""
+    return _CURRENT.get()
+
+
+def check_gradient(gradient: object) -> None:
+    """Refuse what is no ``Gradient``.
+
+    Raises:
+        TypeError: Names what came.
+    """
+    if not isinstance(gradient, Gradient):
+        raise TypeError(
+            "Expected gradient to be BackPropagation(), Detached(), Truncated(...) or Implicit(), "
+            f"got {gradient!r}."
+        )
+
+
+def _advance(layers: Layers, state: State, first: int, until: int) -> State:
+    for index in range(first, until):
+        state = layers.layer(state, index)
+    return state
+
+
+def _run(layers: Layers, state: State, first: int, until: int) -> Tensor:
+    codes = _advance(layers, state, first, until).codes
+    assert codes is not None  # there is at least one layer
+    return codes
+
+
+def _slope(codes: Tensor, value: Tensor) -> Tensor:
+    """Derivative of a shrinkage that acts by element; a random vector proves that it does."""
+    (slope,) = torch.autograd.grad(codes, value, torch.ones_like(codes), retain_graph=True)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.rand(codes.shape, generator=generator, dtype=torch.float64).to(codes) + 0.5
+    (pulled,) = torch.autograd.grad(codes, value, probe)
+    if not torch.allclose(pulled, slope * probe, rtol=1e-3, atol=1e-6):
+        raise NotImplementedError(
+            "Expected a shrinkage that acts on each code by itself, for an implicit gradient. Use "
+            "BackPropagation() or Truncated(...)."
+        )
+    return slope
