@@ -86,7 +86,7 @@ def explain(
     energy = (y - found.reconstruct(codes)).square().sum() / y.square().sum()
     return {
         "share_of_class_in_top_10": {
-            "largest weights in magnitude": share(top.index, classes, truth),
+            "largest weights in magnitude": share(top.rows, classes, truth),
             "largest positive weights": share(positive, classes, truth),
             "most similar codes": share(found.similarity(codes).topk(TOP).indices, classes, truth),
             "nearest images (cosine)": share(cosine.topk(TOP).indices, classes, truth),

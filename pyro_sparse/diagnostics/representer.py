@@ -20,11 +20,11 @@ class Contributors(NamedTuple):
     """The training data with the largest weights, for each datum.
 
     Attributes:
-        index: Rows of the training data, largest magnitude of the weight first; ``(m, count)``.
+        rows: Of the training data, largest magnitude of the weight first; ``(m, count)``.
         weight: Their weights, with sign; ``(m, count)``.
     """
 
-    index: Tensor
+    rows: Tensor
     weight: Tensor
 
 

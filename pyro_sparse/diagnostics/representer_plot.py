@@ -69,7 +69,7 @@ def plot_representer(
         for axis, (title, images) in zip(line, pictures):
             _draw(axis, images[row], shape, title if row == 0 else "")
         for axis, index, weight in zip(
-            line[len(pictures) :], top.index[row].tolist(), top.weight[row].tolist()
+            line[len(pictures) :], top.rows[row].tolist(), top.weight[row].tolist()
         ):
             name = "" if names is None else f"  ({names[index]})"
             _draw(axis, found.data[index], shape, f"{weight:+.2g}{name}")

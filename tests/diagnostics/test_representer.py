@@ -64,8 +64,8 @@ def test_the_top_ones_are_those_of_all_weights(count: int, chunk_size: int | Non
     found = Representer(data, codes, 0.2, chunk_size=chunk_size)
     top, weights = found.top(new, count), found.weights(new)
     order = np.argsort(-weights.abs().numpy(), axis=1)[:, :count]
-    np.testing.assert_array_equal(top.index, order)
-    torch.testing.assert_close(top.weight, weights.gather(1, top.index), rtol=1e-12, atol=0)
+    np.testing.assert_array_equal(top.rows, order)
+    torch.testing.assert_close(top.weight, weights.gather(1, top.rows), rtol=1e-12, atol=0)
     assert (top.weight < 0).any() or count == 1
 
 
@@ -145,7 +145,7 @@ def test_nothing_needs_a_matrix_of_the_size_of_the_training_set() -> None:
     data = codes[:, :2] * 2.0
     found = Representer(data, codes, 1e-3)
     top = found.top(codes[-1:], 3)
-    assert top.index.tolist() == [[199_999, 199_998, 199_997]]
+    assert top.rows.tolist() == [[199_999, 199_998, 199_997]]
     torch.testing.assert_close(found.reconstruct(codes[-1:]), data[-1:], rtol=1e-6, atol=0)
 
 
@@ -205,7 +205,7 @@ def test_the_picture_shows_the_top_ones_and_their_weights() -> None:
             axes[row, 1].images[0].get_array(), found.reconstruct(new)[row].reshape(3, 3)
         )
         for column in range(4):
-            n, weight = int(top.index[row, column]), float(top.weight[row, column])
+            n, weight = int(top.rows[row, column]), float(top.weight[row, column])
             axis = axes[row, 2 + column]
             np.testing.assert_array_equal(axis.images[0].get_array(), data[n].reshape(3, 3))
             assert axis.get_title() == f"{weight:+.2g}  ({n % 7})"
