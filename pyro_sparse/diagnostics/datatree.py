@@ -68,7 +68,8 @@ def to_datatree(
                                 as ``infer.log_weights`` has them
     ``prior``                   as ``posterior``, from the model alone
     ``prior_predictive``        as ``posterior_predictive``, at the draws of ``prior``
-    ``observed_data``           each observed site, without ``chain`` and ``draw``
+    ``observed_data``           each observed site, without ``chain`` and ``draw``; ``nan`` where
+                                masked, if its values are real numbers
     ==========================  ================================================================
 
     ArviZ 1 takes the tree as it is. ArviZ 0.23 takes ``arviz.InferenceData.from_datatree(tree)``

@@ -20,7 +20,7 @@ class Contributors(NamedTuple):
     """The training data with the largest weights, for each datum.
 
     Attributes:
-        rows: Rows of the training data, largest magnitude of the weight first; ``(m, count)``.
+        rows: Of the training data, largest magnitude of the weight first; ``(m, count)``.
         weight: Their weights, with sign; ``(m, count)``.
     """
 
@@ -103,8 +103,8 @@ class Representer:
     Example:
         >>> data = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
         >>> found = Representer(data, codes=torch.tensor([[2.0], [0.0]]), ridge=1e-6)
-        >>> found.atoms.round(decimals=3)
-        tensor([[1., 0.]])
+        >>> found.atoms
+        tensor([[1.0000, 0.0000]])
         >>> found.weights(torch.tensor([[3.0]]))  # 3 times the atom: one and a half first data
         tensor([[1.5000, 0.0000]])
     """

@@ -117,7 +117,8 @@ class Runs:
     Attributes:
         places: Every site of both programs.
         latent: Names of the latent sites of the model.
-        observed: Names and values of its observed sites, ``(*plates, *event)``.
+        observed: Names and values of its observed sites, ``(*plates, *event)``; ``nan`` where
+            masked, if they have one.
         nesting: Dimensions that plates take.
         data_dim: Dim of the plate of the data.
     """
@@ -322,7 +323,7 @@ class Runs:
         self.places = {name: _place(site) for name, site in {**of_model, **of_guide}.items()}
         self.latent = [name for name, site in of_model.items() if not site["is_observed"]]
         self.observed = {
-            name: site["value"].expand(site["fn"].shape()).reshape(self.places[name].shape)
+            name: _seen(site).reshape(self.places[name].shape)
             for name, site in of_model.items()
             if site["is_observed"] and not isinstance(leaf(site["fn"]), dist.Unit)
         }
@@ -377,6 +378,26 @@ def _elementwise(law: Any) -> Any:
     while isinstance(law, torch.distributions.Independent):
         law = law.base_dist
     return law
+
+
+def _seen(site: Any) -> Tensor:
+    """Value of an observed site: a masked sample is no zero, which programs put in its place."""
+    law, value = site["fn"], site["value"].expand(site["fn"].shape())
+    if not value.is_floating_point():
+        return value
+    if site["mask"] is not None:
+        mask = torch.as_tensor(site["mask"])
+        value = _blanked(value, mask.reshape(*mask.shape, *[1] * law.event_dim))
+    while isinstance(law, torch.distributions.Independent | dist.MaskedDistribution):
+        if isinstance(law, dist.MaskedDistribution):
+            mask = torch.as_tensor(law._mask)
+            value = _blanked(value, mask.reshape(*mask.shape, *[1] * law.event_dim))
+        law = law.base_dist
+    return value
+
+
+def _blanked(value: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask.to(value.device), value, torch.nan)
 
 
 def _place(site: Any) -> Place:

@@ -57,8 +57,13 @@ class Problem:
 
     def score(self, predictor: Tensor) -> Tensor:
         """Derivative of the log-likelihood by the predictor, zero where masked."""
-        residual = self.likelihood.residual(predictor, self.y)
-        return residual if self.mask is None else residual * self.mask
+        if self.mask is None:
+            return self.likelihood.residual(predictor, self.y)
+        # Masked before and after: an inverse link may overflow where no datum holds the predictor
+        # down, and zero times infinity is nan, in the gradient as well.
+        zero = torch.zeros_like(predictor)
+        residual = self.likelihood.residual(torch.where(self.mask, predictor, zero), self.y)
+        return torch.where(self.mask, residual, zero)
 
     def ascend(self, point: Tensor | None, step: Tensor) -> Tensor:
         """Codes after one gradient step on the log-likelihood.
