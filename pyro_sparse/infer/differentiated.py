@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -133,5 +134,5 @@ class _Reconstruction(nn.Module):
                 f"Expected a model with observed data, got the sites {sorted(trace.nodes)}."
             )
         trace.compute_log_prob(lambda name, _: name in observed)
-        loss: Tensor = -sum(trace.nodes[name]["log_prob_sum"] for name in observed)
-        return loss
+        terms: list[Tensor] = [trace.nodes[name]["log_prob_sum"] for name in observed]
+        return -torch.stack(terms).sum()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -23,6 +24,7 @@ from pyro_sparse.distributions import (
 )
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.likelihoods import Gaussian
+from pyro_sparse.ops import check_tensor
 from pyro_sparse.solvers import FISTA, ISTA, Bias, HardThreshold, Proximal, TopK, Unrolled
 
 
@@ -96,8 +98,15 @@ def _independent(base: Any, dims: int) -> Any:
 
 
 def _proximal(log_factor: Tensor | None, decay: float) -> Proximal:
-    made = Proximal(None if log_factor is None else len(log_factor), decay=decay)
-    return made if log_factor is None else made.to(log_factor)
+    if log_factor is None:
+        return Proximal(decay=decay)
+    check_tensor("log_factor", log_factor)
+    if log_factor.dim() != 1:
+        raise ValueError(f"Expected log_factor of shape (atoms,), got {tuple(log_factor.shape)}.")
+    made = Proximal(len(log_factor), decay=decay).to(log_factor.dtype)
+    with torch.no_grad():
+        made.log_factor.copy_(log_factor)  # type: ignore[union-attr]
+    return made
 
 
 def _register_all() -> None:

@@ -202,7 +202,7 @@ class Implicit(Gradient):
         return solution
 
 
-_CURRENT: ContextVar[Gradient] = ContextVar("gradient", default=BackPropagation())
+_CURRENT: ContextVar[Gradient | None] = ContextVar("gradient", default=None)
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def differentiated(gradient: Gradient) -> Iterator[None]:
 
 def current_gradient() -> Gradient:
     """How encoders are differentiated here; ``BackPropagation()`` unless something else is said."""
-    return _CURRENT.get()
+    return _CURRENT.get() or BackPropagation()
 
 
 def check_gradient(gradient: object) -> None:

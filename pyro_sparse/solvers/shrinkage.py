@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.dictionaries.base import check_sizes
 from pyro_sparse.distributions import Law, prox
 from pyro_sparse.ops import check_tensor, hard_threshold, soft_threshold
@@ -33,6 +34,14 @@ class Shrinkage(nn.Module):
             Shape of ``value``.
         """
         raise NotImplementedError
+
+    def check(self, dictionary: Dictionary) -> None:
+        """Refuse a dictionary whose codes this does not fit; once, when an encoder is made.
+
+        Raises:
+            TypeError: If a value is of a wider dtype than the dictionary, and would spread.
+            ValueError: If there is not one value for each atom.
+        """
 
 
 class Proximal(Shrinkage):
@@ -79,6 +88,10 @@ class Proximal(Shrinkage):
             step = step * _by_atom(self.log_factor.exp(), law)
         return prox(law, value, step * self.decay**layer)
 
+    def check(self, dictionary: Dictionary) -> None:  # noqa: D102
+        if self.log_factor is not None:
+            _check_fits("log_factor", self.log_factor, dictionary)
+
 
 class HardThreshold(Shrinkage):
     r"""Keep codes above a level as they are, drop the others: :math:`z = u\, 1[|u| > \theta]`.
@@ -121,6 +134,9 @@ class HardThreshold(Shrinkage):
         self, law: Law, value: Tensor, step: Tensor, layer: int, num_layers: int
     ) -> Tensor:
         return hard_threshold(value, _by_atom(self.level, law) * self.decay**layer)
+
+    def check(self, dictionary: Dictionary) -> None:  # noqa: D102
+        _check_fits("level", self.level, dictionary)
 
 
 class Bias(Shrinkage):
@@ -176,6 +192,9 @@ class Bias(Shrinkage):
         bias = _by_atom(self.bias, law)
         return soft_threshold(value, bias.abs()) if self.two_sided else torch.relu(value - bias)
 
+    def check(self, dictionary: Dictionary) -> None:  # noqa: D102
+        _check_fits("bias", self.bias, dictionary)
+
 
 class TopK(Shrinkage):
     r"""Another shrinkage, of which every few layers only the largest codes of a datum are kept.
@@ -230,13 +249,29 @@ class TopK(Shrinkage):
         mask = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, kept, value=True)
         return torch.where(mask, flat, torch.zeros_like(flat)).reshape(codes.shape)
 
+    def check(self, dictionary: Dictionary) -> None:  # noqa: D102
+        self.inner.check(dictionary)
+
 
 def _by_atom(values: Tensor, law: Law) -> Tensor:
     """Values of the atoms, shaped to multiply codes."""
     return values.reshape(-1, *[1] * (len(law.event_shape) - 1)) if values.dim() else values
 
 
-def _check_decay(decay: object) -> None:
+def _check_fits(name: str, values: Tensor, dictionary: Dictionary) -> None:
+    if values.shape not in ((), (dictionary.num_atoms,)):
+        raise ValueError(
+            f"Expected {name} of a shrinkage to be one number or one for each atom, shape "
+            f"({dictionary.num_atoms},), got {tuple(values.shape)}."
+        )
+    if torch.promote_types(values.dtype, dictionary.like.dtype) != dictionary.like.dtype:
+        raise TypeError(
+            f"Expected {name} of a shrinkage of the dictionary's dtype {dictionary.like.dtype}, "
+            f"got {values.dtype}. Try .to({dictionary.like.dtype})."
+        )
+
+
+def _check_decay(decay: float) -> None:
     if not isinstance(decay, Real):
         raise TypeError(f"Expected decay to be a number, got {decay!r}.")
     if not 0 < decay <= 1:

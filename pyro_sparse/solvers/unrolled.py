@@ -98,6 +98,7 @@ class Unrolled(nn.Module):
         self.lipschitz = lipschitz
         if shrinkage is None:
             shrinkage = Proximal(dictionary.num_atoms).to(dictionary.like)
+        shrinkage.check(dictionary)
         self.shrinkage = shrinkage
 
     def forward(

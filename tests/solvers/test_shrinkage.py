@@ -133,6 +133,20 @@ def test_parameters_of_a_shrinkage_are_the_nets():
 
 
 @pytest.mark.parametrize(
+    ("shrinkage", "error", "match"),
+    [
+        (Proximal(5), ValueError, r"log_factor of a shrinkage.*shape \(6,\), got \(5,\)"),
+        (HardThreshold(torch.ones(5)), ValueError, r"level of a shrinkage.*got \(5,\)"),
+        (TopK(Bias(torch.ones(5)), 2), ValueError, r"bias of a shrinkage.*got \(5,\)"),
+        (Bias(torch.ones(6).double()), TypeError, "dtype torch.float32, got torch.float64"),
+    ],
+)
+def test_a_shrinkage_of_other_atoms_is_refused_when_the_encoder_is_made(shrinkage, error, match):
+    with pytest.raises(error, match=match):
+        Unrolled(Dense(6, 4), Gaussian(1.0), shrinkage=shrinkage)
+
+
+@pytest.mark.parametrize(
     ("make", "error", "match"),
     [
         (lambda: Proximal(0), ValueError, "num_atoms to be a whole number >= 1"),
