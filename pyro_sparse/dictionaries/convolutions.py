@@ -53,7 +53,7 @@ def correlate(canvas: Tensor, atoms: Tensor, stride: tuple[int, ...]) -> Tensor:
         return correlate(canvas.unsqueeze(2), atoms.unsqueeze(2), (1, *stride)).squeeze(2)
     if len(stride) == 3:
         return F.conv3d(canvas, atoms, stride=stride)
-    if canvas.device.type == "cpu":
+    if _convolves_exactly(canvas):
         codes: Tensor = _Correlate.apply(canvas, atoms, stride)
         return codes
     kernel = atoms.shape[2:]
@@ -79,10 +79,14 @@ def overlap_add(codes: Tensor, atoms: Tensor, stride: tuple[int, ...]) -> Tensor
         return overlap_add(codes.unsqueeze(2), atoms.unsqueeze(2), (1, *stride)).squeeze(2)
     if len(stride) == 3:
         return F.conv_transpose3d(codes, atoms, stride=stride)
-    if codes.device.type == "cpu":
+    if _convolves_exactly(codes):
         canvas: Tensor = _OverlapAdd.apply(codes, atoms, stride)
         return canvas
     return _fold(codes, atoms, stride)
+
+
+def _convolves_exactly(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _in_blocks(atoms: Tensor) -> bool:

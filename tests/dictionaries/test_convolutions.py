@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from pyro_sparse.dictionaries import convolutions
 from pyro_sparse.dictionaries.convolutions import correlate, overlap_add
 from tests.linear_maps import ADJOINT_TOLERANCE, adjoint_error
 
@@ -73,6 +74,18 @@ def test_overlap_add_is_the_adjoint(way: Way, dtype: torch.dtype, device: torch.
             canvas,
         )
         assert error <= ADJOINT_TOLERANCE[dtype]
+
+
+@ways
+def test_without_convolutions_the_maps_are_the_same(
+    way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canvas, codes, atoms = draw(way, torch.float64, torch.device("cpu"))
+    expected = correlate(canvas, atoms, way[3]), overlap_add(codes, atoms, way[3])
+    # As on a device whose convolutions may round to TF32.
+    monkeypatch.setattr(convolutions, "_convolves_exactly", lambda tensor: False)
+    result = correlate(canvas, atoms, way[3]), overlap_add(codes, atoms, way[3])
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-11)
 
 
 SMALL = {
