@@ -45,9 +45,10 @@ lint: $(DEV) ## style and format
 types: $(DEV) ## mypy on the library, then on a user's script against the built wheel
 	.ci/types $(PY)
 
-bench: $(DEV) ## steps beside the same arithmetic in raw torch; gradient estimators
+bench: $(DEV) ## steps beside the same arithmetic in raw torch; maps; gradient estimators
 	$(PY) -m benchmarks.svi_step $(ARGS)
 	$(PY) -m benchmarks.thresholded_step $(ARGS)
+	$(PY) -m benchmarks.conv_maps $(ARGS)
 	$(PY) -m benchmarks.estimators
 
 docs: $(DOCS) ## the site, in docs/_build/html

@@ -20,14 +20,14 @@ from pyro_sparse.dictionaries.base import (
     register_atoms,
 )
 from pyro_sparse.dictionaries.boundaries import Boundary, Interior
+from pyro_sparse.dictionaries.convolutions import correlate, overlap_add
 from pyro_sparse.ops import check_tensor, largest_eigenvalue_bound
 
 
 class ConvMap(LinearMap):
     """Sum of shifted atoms, and correlation with each atom at each position.
 
-    One and two dimensions are a matrix product followed by overlap-add (``fold``), which on a CPU
-    is several times faster than a transposed convolution to few channels, forwards and backwards.
+    How it is computed is chosen by shape: see ``pyro_sparse.dictionaries.convolutions``.
 
     Args:
         atoms: Shape ``(atoms, channels, *kernel)``, one to three kernel dimensions.
@@ -50,9 +50,8 @@ class ConvMap(LinearMap):
     def forward(self, codes: Tensor) -> Tensor:
         """``(..., atoms, *positions)`` to ``(..., channels, *lengths)``."""
         dims = len(self.kernel)
-        batch, positions = codes.shape[: -dims - 1], codes.shape[-dims:]
-        lengths = [(p - 1) * s + k for p, s, k in zip(positions, self.stride, self.kernel)]
-        signal = self._overlap_add(codes.reshape(-1, *codes.shape[-dims - 1 :]), tuple(lengths))
+        batch = codes.shape[: -dims - 1]
+        signal = overlap_add(codes.reshape(-1, *codes.shape[-dims - 1 :]), self.atoms, self.stride)
         for dim, kernel, stride in self._axes():
             signal = self.boundary.to_signal(signal, dim, kernel, stride)
         return signal.reshape(*batch, *signal.shape[1:])  # (..., channels, *lengths)
@@ -64,7 +63,7 @@ class ConvMap(LinearMap):
         canvas = signal.reshape(-1, *signal.shape[-dims - 1 :])
         for dim, kernel, stride in self._axes():
             canvas = self.boundary.to_canvas(canvas, dim, kernel, stride)
-        codes = self._correlate(canvas)
+        codes = correlate(canvas, self.atoms, self.stride)
         return codes.reshape(*batch, *codes.shape[1:])  # (..., atoms, *positions)
 
     def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
@@ -155,28 +154,6 @@ class ConvMap(LinearMap):
     def _axes(self) -> list[tuple[int, int, int]]:
         dims = len(self.kernel)
         return [(d - dims, self.kernel[d], self.stride[d]) for d in range(dims)]
-
-    def _overlap_add(self, codes: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        if len(lengths) == 3:
-            return F.conv_transpose3d(codes, self.atoms, stride=self.stride)
-        weights = self.atoms.flatten(1).T  # (channels * kernel, atoms)
-        lead = (1,) * (2 - len(lengths))  # one dimension is two of which the first has size one
-        shape, kernel, stride = lead + lengths, lead + self.kernel, lead + self.stride
-        signal = F.fold(weights @ codes.flatten(2), shape, kernel, stride=stride)
-        return signal.reshape(*signal.shape[:2], *lengths)
-
-    def _correlate(self, canvas: Tensor) -> Tensor:
-        lengths = canvas.shape[2:]
-        if len(lengths) == 3:
-            return F.conv3d(canvas, self.atoms, stride=self.stride)
-        lead = (1,) * (2 - len(lengths))
-        kernel, stride = lead + self.kernel, lead + self.stride
-        patches = F.unfold(
-            canvas.reshape(*canvas.shape[:2], *lead, *lengths), kernel, stride=stride
-        )
-        codes = self.atoms.flatten(1) @ patches  # (batch, atoms, positions)
-        positions = [(n - k) // s + 1 for n, k, s in zip(lengths, self.kernel, self.stride)]
-        return codes.reshape(*codes.shape[:2], *positions)
 
 
 class Conv(Dictionary):
