@@ -101,7 +101,7 @@ class AutoUnrolled(PyroModule):
         if not isinstance(method, Method | None):
             raise TypeError(f"Expected method to be a Method, such as FISTA(), got {method!r}.")
         if isinstance(step, Real | Tensor):
-            step = Fixed(step)  # type: ignore[arg-type]  # a Real is a float to us
+            step = Fixed(step)
         if not isinstance(step, StepSize | None):
             raise TypeError(
                 "Expected step to be a StepSize, such as Backtracking(), a number or a tensor, got "

@@ -69,7 +69,8 @@ class Fixed(StepSize):
     """
 
     def __init__(self, step: float | Tensor | Callable[[], Tensor]) -> None:
-        if not isinstance(step, Real | Tensor) and not callable(step):
+        number = isinstance(step, Real) and not isinstance(step, bool)
+        if not number and not isinstance(step, Tensor) and not callable(step):
             raise TypeError(
                 "Expected step to be a number, a tensor or a callable that returns one, got "
                 f"{type(step).__name__}."
@@ -130,6 +131,9 @@ class PowerIteration(StepSize):
         PowerIteration(num_products=32, slack=0.2)
     """
 
+    num_products: int
+    slack: float
+
     def __init__(self, num_products: int = 32, *, slack: float = 0.1) -> None:
         check_whole("num_products", num_products, 1)
         if not isinstance(slack, Real):
@@ -171,6 +175,9 @@ class Backtracking(StepSize):
         >>> Backtracking()
         Backtracking(shrink=0.5)
     """
+
+    initial: Fixed | None
+    shrink: float
 
     _TRIALS = 100  # of one step: halving as often leaves nothing of a double
 

@@ -96,7 +96,7 @@ class _Run(Messenger):
         if reason is not None:
             self.refused[msg["name"]] = reason
             return
-        zeros = torch.zeros_like(_tensor_of(law)).new_zeros(law.batch_shape + law.event_shape)
+        zeros = _tensor_of(law).new_zeros(law.batch_shape + law.event_shape)
         msg["value"], msg["done"] = zeros.requires_grad_(), True
         msg["infer"] = {**msg["infer"], "_code": True}
 
@@ -161,7 +161,7 @@ class Traced:
                 dim for dim, name in shared[0].items() if all(p.get(dim) == name for p in shared)
             ]
             self.packing = Packing(self.sites, tuple(dims))
-            self.weights = {site.name: 1.0 for site in self.sites}
+            self.weights: dict[str, Any] = {site.name: 1.0 for site in self.sites}
             self.reference = self._reference()
             self._check_apart({name: terms[name] for name in self.terms}, starts)
         self.start = self.packing.pack({name: value.detach() for name, value in starts.items()})
@@ -181,7 +181,7 @@ class Traced:
         run = self._run(self.packing.unpack(codes))
         self.laws = {site.name: run.sites[site.name]["fn"] for site in self.sites}
         total = sum(self.packing.sum(_log_prob(run.sites[name])) for name in self.terms)
-        return -total / self.reference  # type: ignore[operator]
+        return -total / self.reference
 
     def gradient(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """The value, detached, and its gradient, differentiable where gradients are taken."""
@@ -339,7 +339,7 @@ class _Opened(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
 
 

@@ -136,8 +136,8 @@ def test_defaults_converge_to_the_same_codes(geometry: str) -> None:
     model, y, _ = sparse_coding(geometry)
     method = FISTA(restart=True)
     with torch.no_grad():
-        expected = reference(model, num_steps=1500, method=method).encode(y)
-        found = AutoUnrolled(model, num_steps=500, method=method).encode(y)["codes"]
+        expected = reference(model, num_steps=600, method=method).encode(y)
+        found = AutoUnrolled(model, num_steps=300, method=method).encode(y)["codes"]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -735,6 +735,7 @@ def test_what_the_refusal_says_to_write_works() -> None:
         ({"num_steps": 1.5}, TypeError, "num_steps to be a whole number"),
         ({"method": "fista"}, TypeError, "method to be a Method"),
         ({"step": "long"}, TypeError, "step to be a StepSize"),
+        ({"step": True}, TypeError, "step to be a number"),
         ({"step": -1.0}, ValueError, "finite step > 0, got -1.0"),
         ({"step": torch.ones(2, requires_grad=True)}, ValueError, "requires no gradient"),
         ({"learn_thresholds": 1}, TypeError, "learn_thresholds as a bool"),
