@@ -1,5 +1,6 @@
 """Variational programs."""
 
+from pyro_sparse.guides.auto import AutoUnrolled
 from pyro_sparse.guides.encoders import Heads, PerDatum, UnrolledEncoder
 from pyro_sparse.guides.posteriors import (
     DensePosterior,
@@ -9,19 +10,25 @@ from pyro_sparse.guides.posteriors import (
     ThresholdPosterior,
 )
 from pyro_sparse.guides.shifts import Mirrored, ShiftAveraged, Unobserved
+from pyro_sparse.guides.steps import Backtracking, Fixed, PowerIteration, StepSize
 from pyro_sparse.guides.structured import StructuredThresholded
 from pyro_sparse.guides.thresholded import Thresholded
 from pyro_sparse.guides.unrolled import UnrolledFISTA
 
 __all__ = [
+    "AutoUnrolled",
+    "Backtracking",
     "DensePosterior",
+    "Fixed",
     "GammaThresholdPosterior",
     "Heads",
     "Mirrored",
     "PerDatum",
     "Posterior",
+    "PowerIteration",
     "ShiftAveraged",
     "SpikeAndSlabPosterior",
+    "StepSize",
     "StructuredThresholded",
     "ThresholdPosterior",
     "Thresholded",

@@ -42,6 +42,19 @@ def test_the_page_on_posteriors_runs_and_knows_which_codes_are_active() -> None:
     assert abs(found.mean() - active.float().mean()) < 0.05
 
 
+@pytest.mark.slow
+def test_the_page_on_any_program_runs_and_finds_the_atoms() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/any_program.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(compile("".join(blocks), "any_program.md", "exec"), names)
+    history = names["history"].epoch_loss
+    assert history[-1] < history[0]
+    assert names["found"].diagonal().min() > 0.95
+    assert 0.2 < (names["best"]["signed"] == 0).float().mean() < 0.95
+    gaps = names["codes"]["signed"][:20] - names["best"]["signed"]
+    assert gaps.abs().mean() < 0.1  # ten layers against the MAP codes
+
+
 def test_readme_numbers_are_those_of_the_committed_run() -> None:
     summary = json.loads((ROOT / "docs/figures/summary.json").read_text())
     table = re.search(
