@@ -42,6 +42,16 @@ def test_the_page_on_posteriors_runs_and_knows_which_codes_are_active() -> None:
     assert abs(found.mean() - active.float().mean()) < 0.05
 
 
+def test_the_page_on_encoders_runs_and_comes_nearer_to_the_atoms() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/encoders.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(compile("".join(blocks), "encoders.md", "exec"), names)
+    losses = names["history"].epoch_loss
+    assert losses[-1] < losses[0]
+    codes = names["guide"].encode(names["y"])
+    assert 0.02 < (codes != 0).float().mean() < 0.9
+
+
 @pytest.mark.slow
 def test_the_page_on_any_program_runs_and_finds_the_atoms() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/any_program.md").read_text(), re.S)
