@@ -10,25 +10,20 @@ from pyro_sparse.guides.posteriors import (
     ThresholdPosterior,
 )
 from pyro_sparse.guides.shifts import Mirrored, ShiftAveraged, Unobserved
-from pyro_sparse.guides.steps import Backtracking, Fixed, PowerIteration, StepSize
 from pyro_sparse.guides.structured import StructuredThresholded
 from pyro_sparse.guides.thresholded import Thresholded
 from pyro_sparse.guides.unrolled import UnrolledFISTA
 
 __all__ = [
     "AutoUnrolled",
-    "Backtracking",
     "DensePosterior",
-    "Fixed",
     "GammaThresholdPosterior",
     "Heads",
     "Mirrored",
     "PerDatum",
     "Posterior",
-    "PowerIteration",
     "ShiftAveraged",
     "SpikeAndSlabPosterior",
-    "StepSize",
     "StructuredThresholded",
     "ThresholdPosterior",
     "Thresholded",

@@ -11,12 +11,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_sparse.guides.packing import CodeSite
-from pyro_sparse.guides.steps import Backtracking, Fixed, PowerIteration, StepSize
 from pyro_sparse.guides.traced import Recorded, Traced
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.infer.numbers import check_whole
 from pyro_sparse.infer.store import claim_names
-from pyro_sparse.solvers import FISTA, Method
+from pyro_sparse.solvers import FISTA, Backtracking, Fixed, Method, StepSize
 
 
 class AutoUnrolled(PyroModule):
@@ -248,13 +247,3 @@ def _arguments(guide: AutoUnrolled) -> dict[str, Any]:
 register_savable(
     AutoUnrolled, name="pyro_sparse.guides.AutoUnrolled", arguments=_arguments, build=_build
 )
-register_savable(
-    Backtracking,
-    name="pyro_sparse.guides.Backtracking",
-    arguments=lambda step: {
-        "first": None if step.initial is None else step.initial.step,
-        "shrink": step.shrink,
-    },
-)
-register_savable(Fixed, name="pyro_sparse.guides.Fixed")
-register_savable(PowerIteration, name="pyro_sparse.guides.PowerIteration")

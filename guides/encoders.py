@@ -193,7 +193,8 @@ class UnrolledEncoder(nn.Module):
             y, synthesis, analysis, unrolled.likelihood, law, dictionary.signal_dims, mask
         )
         correlation = analysis.adjoint(problem.score(synthesis.forward(codes)))
-        energy = unrolled.likelihood.curvature() * _energy(dictionary, synthesis, y, mask)
+        curvature = unrolled.likelihood.curvature(y)
+        energy = _energy(dictionary, synthesis, y, mask, curvature)
 
         positions = [1] * (len(shape) - 1)
         gain, log_factor, bias, slope, log_slab = (
@@ -279,14 +280,26 @@ def _check_parts(names: Iterable[object]) -> None:
             )
 
 
-def _energy(dictionary: Dictionary, synthesis: LinearMap, y: Tensor, mask: Tensor | None) -> Tensor:
-    """Squared norm of what each code reaches of the observed samples; broadcasts to the codes."""
-    observed = torch.ones_like(y[:1]) if mask is None else mask.to(y).expand_as(y)
+def _energy(
+    dictionary: Dictionary,
+    synthesis: LinearMap,
+    y: Tensor,
+    mask: Tensor | None,
+    curvature: Tensor,
+) -> Tensor:
+    """Curvature that the observed samples give each code; broadcasts to the codes."""
+    # One weighting for all data, unless they differ in what was observed or in their curvature.
+    apart = mask is not None or curvature.dim() == y.dim()
+    weight = curvature.to(y).expand(y.shape if apart else y[:1].shape)
+    if mask is not None:
+        weight = weight * mask
     try:
-        return synthesis.squared().adjoint(observed)
+        return synthesis.squared().adjoint(weight)
     except NotImplementedError:  # only products are known, as of a composition
         norms = dictionary.atoms.flatten(1).square().sum(1)
-        return norms.reshape(-1, *[1] * (dictionary.code_dims - 1))
+        norms = norms.reshape(-1, *[1] * (dictionary.code_dims - 1))
+        largest = curvature.to(y).max()
+        return largest * norms
 
 
 def _heads(

@@ -100,8 +100,15 @@ class CodesProgram(PyroModule):
         if y is None:
             size, signal_shape = self._size_of_draw(num_data)
         else:
-            y, mask = check_data(y, mask, num_data, self.signal_dims, self.like)
-            self.likelihood.check(y)
+            y, mask = check_data(
+                y,
+                mask,
+                num_data,
+                self.signal_dims,
+                self.like,
+                placeholder=self.likelihood.placeholder,
+            )
+            self.likelihood.check(y, mask)
             size, signal_shape = len(y), tuple(y.shape[1:])
         code_shape = self.codes_of(signal_shape)
 

@@ -518,7 +518,8 @@ def test_gaussian(scale: Any, trainable: bool, data: Any) -> None:
             assert law is REFUSED or law.batch_shape == data.shape
     if made is not REFUSED:
         assert (made.scale > 0).all()
-        whole(made.curvature(), (), finite=bool((made.scale > 1e-15).all()))
+        bound = made.curvature(torch.ones(1))
+        whole(bound, tuple(made.scale.shape), finite=bool((made.scale > 1e-15).all()))
 
 
 @every

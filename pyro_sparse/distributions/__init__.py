@@ -1,5 +1,6 @@
 """Sparse laws of codes, and what solvers ask of a prior."""
 
+import pyro_sparse.distributions.expected_natural
 import pyro_sparse.distributions.tails_kl  # noqa: F401  registers KLs
 from pyro_sparse.distributions.cumulants import log_mgf
 from pyro_sparse.distributions.expected import (
@@ -11,6 +12,12 @@ from pyro_sparse.distributions.gamma import GammaThresholded
 from pyro_sparse.distributions.kl import kl_gates
 from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab
 from pyro_sparse.distributions.moments import Moments, NotAffine
+from pyro_sparse.distributions.natural import (
+    NaturalBinomial,
+    NaturalGamma,
+    NaturalNegativeBinomial,
+    NaturalPoisson,
+)
 from pyro_sparse.distributions.overshoots import (
     LaplaceOvershoot,
     NormalOvershoot,
@@ -59,6 +66,10 @@ __all__ = [
     "Marginals",
     "Mixed",
     "Moments",
+    "NaturalBinomial",
+    "NaturalGamma",
+    "NaturalNegativeBinomial",
+    "NaturalPoisson",
     "NormalOvershoot",
     "NotAffine",
     "Overshoot",

@@ -125,7 +125,7 @@ def _random(value: Any, seen: set[int]) -> Iterator[Any]:
 
 @register_expected_log_prob(torch.distributions.Normal)
 def _(law: Any, value: Tensor) -> Tensor:
-    _only_random(law, "loc", Moments, "affine in the codes, with a scale that is none of them")
+    only_random(law, "loc", Moments, "affine in the codes, with a scale that is none of them")
     if law._validate_args:
         law._validate_sample(value)
     distance = (value - law.loc.expectation).square() + law.loc.variance
@@ -136,7 +136,7 @@ def _(law: Any, value: Tensor) -> Tensor:
 @register_expected_log_prob(dist.Poisson)  # of Pyro, which has a log_prob of its own
 @register_expected_log_prob(torch.distributions.Poisson)
 def _(law: Any, value: Tensor) -> Tensor:
-    _only_random(law, "rate", ExpMoments, "torch.exp of a predictor that is affine in the codes")
+    only_random(law, "rate", ExpMoments, "torch.exp of a predictor that is affine in the codes")
     if law._validate_args:
         law._validate_sample(value)
     return (
@@ -177,7 +177,7 @@ def mean_exp(predictor: Moments) -> Tensor:
 
 @register_expected_log_prob(dist.Unit)
 def _(law: Any, value: Tensor) -> Tensor:
-    _only_random(law, "log_factor", Moments, "affine in the codes")
+    only_random(law, "log_factor", Moments, "affine in the codes")
     shape = torch.broadcast_shapes(law.batch_shape, value.shape[:-1])
     return law.log_factor.expectation.expand(shape)
 
@@ -202,7 +202,7 @@ def _(law: Any, value: Tensor) -> Tensor:
     return scale_and_mask(expected_log_prob(law.base_dist, value), mask=law._mask)
 
 
-def _only_random(law: Any, name: str, kind: type, expected: str) -> None:
+def only_random(law: Any, name: str, kind: type, expected: str) -> None:
     """Refuse random parameters other than ``name``, or of another form."""
     others = {key: part for key, part in vars(law).items() if key != name}
     if not isinstance(getattr(law, name), kind) or holds_moments(others):

@@ -23,9 +23,30 @@ from pyro_sparse.distributions import (
     SpikeAndSlab,
 )
 from pyro_sparse.infer.bundle import register_savable
-from pyro_sparse.likelihoods import Gaussian
+from pyro_sparse.likelihoods import (
+    Bernoulli,
+    Binomial,
+    Exponential,
+    Gamma,
+    Gaussian,
+    NegativeBinomial,
+    Offset,
+    Poisson,
+    Stabilised,
+)
 from pyro_sparse.ops import check_tensor
-from pyro_sparse.solvers import FISTA, ISTA, Bias, HardThreshold, Proximal, TopK, Unrolled
+from pyro_sparse.solvers import (
+    FISTA,
+    ISTA,
+    Backtracking,
+    Bias,
+    Fixed,
+    HardThreshold,
+    PowerIteration,
+    Proximal,
+    TopK,
+    Unrolled,
+)
 
 
 def _atoms(dictionary: nn.Module) -> dict[str, Any]:
@@ -97,6 +118,20 @@ def _independent(base: Any, dims: int) -> Any:
     return dist.Independent(base, dims)
 
 
+def _learned(name: str) -> Callable[[Any], dict[str, Any]]:
+    """Arguments of a likelihood with one parameter that may be learned."""
+
+    def arguments(likelihood: Any) -> dict[str, Any]:
+        held = {"likelihood": likelihood.likelihood} if name == "offset" else {}
+        value = getattr(likelihood, name).detach()
+        learned = any(True for _ in likelihood.parameters(recurse=False)) or bool(
+            parametrize.is_parametrized(likelihood)
+        )
+        return {**held, name: value, "trainable": learned}
+
+    return arguments
+
+
 def _proximal(log_factor: Tensor | None, decay: float) -> Proximal:
     if log_factor is None:
         return Proximal(decay=decay)
@@ -159,6 +194,16 @@ def _register_all() -> None:
     )
     register_savable(HardThreshold, name=place + "HardThreshold")
     register_savable(
+        Backtracking,
+        name=place + "Backtracking",
+        arguments=lambda step: {
+            "first": None if step.initial is None else step.initial.step,
+            "shrink": step.shrink,
+        },
+    )
+    register_savable(Fixed, name=place + "Fixed")
+    register_savable(PowerIteration, name=place + "PowerIteration")
+    register_savable(
         Bias,
         name=place + "Bias",
         arguments=lambda shrinkage: {
@@ -167,6 +212,17 @@ def _register_all() -> None:
         },
     )
     register_savable(TopK, name=place + "TopK")
+    place = "pyro_sparse.likelihoods."
+    for likelihood in (Poisson, Bernoulli, Exponential):
+        register_savable(likelihood, name=place + likelihood.__name__, arguments=lambda _: {})
+    register_savable(Binomial, name=place + "Binomial")
+    register_savable(Stabilised, name=place + "Stabilised")
+    for kind, parameter in (
+        (NegativeBinomial, "total_count"),
+        (Gamma, "concentration"),
+        (Offset, "offset"),
+    ):
+        register_savable(kind, name=place + kind.__name__, arguments=_learned(parameter))
     register_savable(
         Gaussian,
         name="pyro_sparse.likelihoods.Gaussian",

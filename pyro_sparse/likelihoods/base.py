@@ -11,21 +11,51 @@ class Likelihood(nn.Module):
 
     A model asks for the distribution, an unrolled encoder for ``residual`` and ``curvature``, a
     certificate for ``loss`` and ``dual``. Nothing asks which family it is.
+
+    A family of your own is one small class. What an unrolled guide needs is in ``forward``,
+    ``mean`` and ``residual``, and ``curvature`` if there is a bound; ``loss`` and ``dual`` are for
+    ``solvers.solve``.
+
+    Attributes:
+        placeholder: A value within the family's range: it stands where data were not observed.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> class Logistic(Likelihood):
+        ...     def forward(self, predictor):
+        ...         return dist.Logistic(predictor, torch.ones_like(predictor))
+        ...     def mean(self, predictor):
+        ...         return predictor
+        ...     def residual(self, predictor, y):
+        ...         return torch.tanh((y - predictor) / 2)
+        ...     def curvature(self, y):
+        ...         return torch.tensor(0.5)
+        >>> Logistic().residual(torch.tensor(0.0), torch.tensor(2.0))
+        tensor(0.7616)
     """
+
+    placeholder: float = 0.0
 
     def forward(self, predictor: Tensor) -> TorchDistributionMixin:
         """Distribution of the data, batch shape that of the predictor, event shape ``()``."""
         raise NotImplementedError
 
-    def check(self, y: Tensor) -> None:
-        """Refuse data that the parameters do not fit; called once per call of a guide or solver.
+    def check(self, y: Tensor, mask: Tensor | None = None) -> None:
+        """Refuse data that the family or its parameters do not fit.
 
-        Nothing is checked unless a family says so; shapes, dtype and device, not values.
+        Called once per call of a model, guide or solver. Nothing is checked unless a family says
+        so.
+
+        Args:
+            y: Data, with any leading dimensions.
+            mask: True where a sample was observed; what the others hold does not matter.
 
         Raises:
             TypeError: If a parameter is of another dtype than the data.
             RuntimeError: If it is on another device.
-            ValueError: If it does not broadcast with the data.
+            ValueError: If it does not broadcast with the data, or data are out of the family's
+                range, such as negative counts.
         """
 
     def mean(self, predictor: Tensor) -> Tensor:
@@ -36,16 +66,26 @@ class Likelihood(nn.Module):
         r"""Score :math:`\partial \log p(y \mid \eta) / \partial \eta`, shape of the predictor."""
         raise NotImplementedError
 
-    def curvature(self) -> Tensor:
-        r"""Upper bound of :math:`-\partial^2 \log p / \partial \eta^2` over predictors and data.
+    def curvature(self, y: Tensor) -> Tensor:
+        r"""Upper bound of :math:`-\partial^2 \log p / \partial \eta^2` over all predictors.
 
-        The step size of a proximal-gradient step is one over this times the dictionary's squared
-        norm.
+        The step size of a proximal-gradient step is one over its largest value in a datum times the
+        dictionary's squared norm.
+
+        Args:
+            y: Data, shape ``(..., *signal_shape)``.
+
+        Returns:
+            By element, broadcastable to ``y``; detached.
 
         Raises:
             NotImplementedError: If the family has no such bound.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no bound of its curvature. A net of fixed depth takes "
+            "likelihoods.Stabilised(...) of it, or step_size=...; MAP codes come from "
+            "solvers.solve or guides.AutoUnrolled, which search for their steps."
+        )
 
     def loss(self, predictor: Tensor, y: Tensor) -> Tensor:
         r"""Half the deviance: :math:`\max_\eta \log p(y \mid \eta) - \log p(y \mid \eta)`."""

@@ -14,6 +14,8 @@ def check_data(
     num_data: int | None,
     signal_dims: int,
     like: Tensor | None = None,
+    *,
+    placeholder: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Check a minibatch and blank out what was not observed.
 
@@ -26,10 +28,11 @@ def check_data(
         num_data: Size of the whole data set.
         signal_dims: Dimensions of one datum.
         like: A parameter whose dtype and device the data have to share.
+        placeholder: What stands where they were not observed, within the family's range.
 
     Returns:
-        Data with zeros where they were not observed (``nan`` times zero is ``nan``, also in a
-        gradient), and the mask in the shape of the data.
+        Data with the placeholder where they were not observed (``nan`` times zero is ``nan``, also
+        in a gradient), and the mask in the shape of the data.
 
     Raises:
         TypeError: If ``y`` is not a floating tensor of the parameters' dtype, or ``mask`` is not
@@ -79,7 +82,7 @@ def check_data(
             f"Expected mask on the data's device {y.device}, got {mask.device}. "
             f"Try mask.to({str(y.device)!r})."
         )
-    return torch.where(mask, y, torch.zeros_like(y)), mask
+    return torch.where(mask, y, torch.full_like(y, placeholder)), mask
 
 
 def check_mask(y: Tensor, mask: Tensor) -> Tensor:

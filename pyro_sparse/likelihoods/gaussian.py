@@ -80,7 +80,7 @@ class Gaussian(Likelihood):
         _check_fits(scale, predictor.shape)
         return dist.Normal(predictor, scale)
 
-    def check(self, y: Tensor) -> None:  # noqa: D102
+    def check(self, y: Tensor, mask: Tensor | None = None) -> None:  # noqa: D102
         check_tensor("y", y)
         scale = self.scale
         # A number beside a tensor changes neither its dtype nor, on the CPU, its device.
@@ -95,8 +95,8 @@ class Gaussian(Likelihood):
     def residual(self, predictor: Tensor, y: Tensor) -> Tensor:  # noqa: D102
         return (y - predictor) / self.scale.square()
 
-    def curvature(self) -> Tensor:  # noqa: D102
-        return self.scale.detach().min().square().reciprocal()
+    def curvature(self, y: Tensor) -> Tensor:  # noqa: D102
+        return self.scale.detach().square().reciprocal()
 
     def loss(self, predictor: Tensor, y: Tensor) -> Tensor:  # noqa: D102
         return ((y - predictor) / self.scale).square() / 2

@@ -13,24 +13,29 @@ from pyro_sparse.solvers.methods import FISTA, ISTA, Method, State
 from pyro_sparse.solvers.problem import Problem
 from pyro_sparse.solvers.shrinkage import Bias, HardThreshold, Proximal, Shrinkage, TopK
 from pyro_sparse.solvers.solve import Solution, solve
+from pyro_sparse.solvers.steps import Backtracking, Fixed, PowerIteration, StepSize
 from pyro_sparse.solvers.unrolled import Unrolled
 
 __all__ = [
     "FISTA",
     "ISTA",
     "BackPropagation",
+    "Backtracking",
     "Bias",
     "Detached",
+    "Fixed",
     "Gradient",
     "HardThreshold",
     "Implicit",
     "MeanField",
     "Method",
+    "PowerIteration",
     "Problem",
     "Proximal",
     "Shrinkage",
     "Solution",
     "State",
+    "StepSize",
     "TopK",
     "Truncated",
     "Unrolled",

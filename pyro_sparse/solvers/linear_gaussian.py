@@ -159,7 +159,7 @@ def linear_gaussian(
     check_prior(prior, has_rate=rate is not None)
     with torch.no_grad():
         y, mask = check_data(y, mask, None, dictionary.signal_dims, dictionary.like)
-        likelihood.check(y)
+        likelihood.check(y, mask)
         _check_finite(y)
         signal_shape, size = y.shape[1:], len(y)
         code_shape = torch.Size(dictionary.code_shape(tuple(signal_shape)))

@@ -52,8 +52,20 @@ class Problem:
         Args:
             lipschitz: Squared norm of the maps; a number, or one per leading index.
         """
-        step = torch.as_tensor(1 / (self.likelihood.curvature() * lipschitz)).to(self.y)
+        step = torch.as_tensor(1 / (self._curvature() * lipschitz)).to(self.y)
         return step.reshape(*step.shape, *[1] * self.code_dims)
+
+    def _curvature(self) -> Tensor:
+        """Largest curvature of what was observed: of each datum, or of all where it is shared."""
+        curvature = self.likelihood.curvature(self.y)
+        if curvature.dim() <= self.signal_dims:
+            return curvature.max()
+        curvature = curvature.expand_as(self.y)
+        if self.mask is not None:
+            curvature = torch.where(self.mask, curvature, torch.zeros_like(curvature))
+        largest = curvature.flatten(-self.signal_dims).amax(-1)
+        # A datum without a sample has no curvature: any step will do.
+        return torch.where(largest > 0, largest, torch.ones_like(largest))
 
     def score(self, predictor: Tensor) -> Tensor:
         """Derivative of the log-likelihood by the predictor, zero where masked."""
@@ -82,8 +94,11 @@ class Problem:
 
     def objective(self, codes: Tensor) -> Tensor:
         """Loss plus penalty of each datum, in nats above the best conceivable; leading shape."""
-        loss = self.likelihood.loss(self.synthesis.forward(codes), self.y)
-        return self._sum(loss) + penalty(self.law, codes)
+        return self.data_term(codes) + penalty(self.law, codes)
+
+    def data_term(self, codes: Tensor) -> Tensor:
+        """Loss of each datum, in nats above its best predictor; leading shape."""
+        return self._sum(self.likelihood.loss(self.synthesis.forward(codes), self.y))
 
     def dual_objective(self, codes: Tensor) -> Tensor:
         """Lower bound of every datum's objective, from the scaled score at ``codes``.

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
-from pyro_sparse.distributions import Prior, check_prior, codes_prior, conjugate
+from pyro_sparse.distributions import Prior, check_prior, codes_prior, conjugate, prox
 from pyro_sparse.likelihoods import Gaussian, Likelihood, check_mask
 from pyro_sparse.ops import check_tensor
 from pyro_sparse.solvers.methods import FISTA, Method
 from pyro_sparse.solvers.problem import Problem
+from pyro_sparse.solvers.steps import Backtracking, StepSize
 
 CHECK_EVERY = 20
 """Steps between two evaluations of the gap; one costs about as much as two or three steps."""
@@ -58,7 +59,9 @@ def solve(
 
     Minimises :math:`\ell(D z; y) - \log p(z)`; with the defaults and a Laplace prior of scale
     :math:`1/\lambda` this is the Lasso, :math:`\tfrac12\|y - Dz\|^2 + \lambda\|z\|_1`. Data that
-    are done leave the batch. The gap is evaluated in float64 whatever the dtype of the codes.
+    are done leave the batch. The step follows from a bound of the likelihood's curvature; with one
+    that has none (Poisson, Gamma) each datum searches for its own, by backtracking. The gap is
+    evaluated in float64 whatever the dtype of the codes.
 
     Args:
         y: Data, shape ``(..., *signal_shape)``, any leading dimensions.
@@ -121,9 +124,9 @@ def solve(
         code_shape = tuple(shape[len(shape) - dictionary.code_dims :])
         signal_shape = y.shape[y.dim() - dictionary.signal_dims :]
         batch = y.shape[: y.dim() - dictionary.signal_dims]
-        rows, observed = _observed(y, mask, signal_shape)
         likelihood = Gaussian(1.0).to(y) if likelihood is None else likelihood
-        likelihood.check(y)
+        rows, observed = _observed(y, mask, signal_shape, likelihood.placeholder)
+        likelihood.check(rows, observed)
         law = codes_prior(prior, rate, code_shape, like=y)
         if law.batch_shape:
             raise ValueError(
@@ -131,12 +134,12 @@ def solve(
                 f"or (), got one that makes the batch shape {tuple(law.batch_shape)}."
             )
         problem = Problem(rows, bound, bound, likelihood, law, dictionary.signal_dims, observed)
-        step = problem.step_size(problem.squared_norm())
+        search, step = _steps(problem)
         start = None if init is None else _start(init, shape, y).reshape(-1, *code_shape)
         method = FISTA(restart=True) if method is None else method
         if tol is not None:
             _check_certifiable(problem, tol)
-        codes, gap, steps = _iterate(problem, method, step, start, tol, max_steps)
+        codes, gap, steps = _iterate(problem, method, search, step, start, tol, max_steps)
     converged = gap <= (-1.0 if tol is None else tol)
     return Solution(
         codes.reshape(*batch, *code_shape),
@@ -192,6 +195,7 @@ def _check_order(primal: Tensor, dual: Tensor, problem: Problem) -> None:
 def _iterate(
     problem: Problem,
     method: Method,
+    search: StepSize | None,
     step: Tensor,
     start: Tensor | None,
     tol: float | None,
@@ -211,9 +215,8 @@ def _iterate(
     while count < max_steps and len(left):
         until = min(max_steps, count + (max_steps if tol is None else CHECK_EVERY))
         for _ in range(count, until):
-            state = method.advance(
-                state, problem.proximal_step(state.point, step), problem.code_dims
-            )
+            moved, step = _advanced(problem, search, state.point, step)
+            state = method.advance(state, moved, problem.code_dims)
         count = until
         assert state.codes is not None
         codes[left] = state.codes.to(codes.dtype)
@@ -233,12 +236,62 @@ def _iterate(
             index = keep.nonzero().squeeze(-1)
             problem, exact = problem.select(index), exact.select(index)
             state = state.map(functools.partial(_take, index=index))
+            step = step if step.dim() == 0 or len(step) == 1 else step[index]
             left = left[index]
         coarse = problem.y.dtype != torch.float64
         if coarse and len(left) and (count >= COARSE_STEPS or gap[left].max() <= COARSE_GAP):
             problem, step = exact, step.double()
             state = state.map(Tensor.double)
     return codes, gap, num_steps
+
+
+class _Flat:
+    """A problem as a search for steps sees it: codes of each datum as one vector."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.shape = problem.law.event_shape
+
+    @property
+    def start(self) -> Tensor:
+        return self.problem.y.new_zeros(len(self.problem.y), self.shape.numel())
+
+    def value(self, codes: Tensor) -> Tensor:
+        return self.problem.data_term(self.codes(codes))
+
+    def gradient(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        predictor = self.problem.synthesis.forward(self.codes(codes))
+        slope = -self.problem.analysis.adjoint(self.problem.score(predictor))
+        return self.value(codes), slope.flatten(1)
+
+    def prox(self, codes: Tensor, step: Tensor) -> Tensor:
+        step = step.reshape(-1, *[1] * len(self.shape))
+        return prox(self.problem.law, self.codes(codes), step).flatten(1)
+
+    def codes(self, flat: Tensor) -> Tensor:
+        return flat.reshape(-1, *self.shape)
+
+
+def _steps(problem: Problem) -> tuple[StepSize | None, Tensor]:
+    """The step of a bounded curvature; where there is no bound, a search and where it begins."""
+    try:
+        return None, problem.step_size(problem.squared_norm())
+    except NotImplementedError:
+        search = Backtracking()
+        with torch.enable_grad():
+            return search, search.first(_Flat(problem))
+
+
+def _advanced(
+    problem: Problem, search: StepSize | None, point: Tensor | None, step: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes after one step, and the step size that it took."""
+    if search is None:
+        return problem.proximal_step(point, step), step
+    smooth = _Flat(problem)
+    start = smooth.start if point is None else point.flatten(1)
+    codes, step = search.advance(smooth, start, step)
+    return smooth.codes(codes), step
 
 
 def _take(part: Tensor, index: Tensor) -> Tensor:
@@ -255,9 +308,9 @@ def _start(init: Tensor, shape: torch.Size, y: Tensor) -> Tensor:
 
 
 def _observed(
-    y: Tensor, mask: Tensor | None, signal_shape: tuple[int, ...]
+    y: Tensor, mask: Tensor | None, signal_shape: tuple[int, ...], placeholder: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Data and mask with one leading dimension; what was not observed is set to zero."""
+    """Data and mask with one leading dimension; a placeholder stands for what was not observed."""
     y = y.detach()
     if mask is not None:
         mask = check_mask(y, mask)
@@ -266,7 +319,7 @@ def _observed(
                 f"Expected mask on the data's device {y.device}, got {mask.device}. "
                 f"Try mask.to({str(y.device)!r})."
             )
-        y = torch.where(mask, y, torch.zeros_like(y))
+        y = torch.where(mask, y, torch.full_like(y, placeholder))
         mask = mask.reshape(-1, *signal_shape)
     rows = y.reshape(-1, *signal_shape)
     finite = torch.isfinite(rows)

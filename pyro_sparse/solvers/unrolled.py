@@ -164,7 +164,7 @@ class Unrolled(nn.Module):
                 f"Expected a law of one datum's codes, event shape {tuple(one)}, got "
                 f"{tuple(law.event_shape)}. Try distributions.codes_prior."
             )
-        self.likelihood.check(y)
+        self.likelihood.check(y, mask)
 
 
 class _Layers:

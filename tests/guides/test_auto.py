@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from pyro_sparse import infer
 from pyro_sparse.dictionaries import Conv, Dense
 from pyro_sparse.distributions import SpikeAndSlab, register_prox
-from pyro_sparse.guides import (
-    AutoUnrolled,
-    Backtracking,
-    Fixed,
-    PowerIteration,
-    StepSize,
-    UnrolledFISTA,
-)
+from pyro_sparse.guides import AutoUnrolled, UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
 from pyro_sparse.ops import group_soft_threshold
-from pyro_sparse.solvers import FISTA, ISTA, Proximal
+from pyro_sparse.solvers import (
+    FISTA,
+    ISTA,
+    Backtracking,
+    Fixed,
+    PowerIteration,
+    Proximal,
+    StepSize,
+)
 
 double = partial(torch.tensor, dtype=torch.float64)
 GEOMETRIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -49,7 +50,7 @@ def sparse_coding(geometry: str) -> tuple[SparseCoding, Tensor, float]:
     dictionary, likelihood = build().double(), Gaussian(0.5).double()
     model = SparseCoding(dictionary, likelihood, dist.Laplace(double(0.0), double(0.7)))
     y = torch.randn(5, *signal_shape, dtype=torch.float64)
-    step = 1 / (likelihood.curvature() * dictionary.squared_norm(signal_shape))
+    step = 1 / (likelihood.curvature(torch.ones(1)).max() * dictionary.squared_norm(signal_shape))
     return model, y, float(step)
 
 
@@ -752,7 +753,7 @@ def test_arguments_are_checked(
     ("make", "error", "message"),
     [
         (lambda: Fixed("long"), TypeError, "step to be a number"),
-        (lambda: PowerIteration(0), ValueError, "num_products >= 1"),
+        (lambda: PowerIteration(0), ValueError, "num_products to be a whole number >= 1"),
         (lambda: PowerIteration(slack=0.0), ValueError, "slack > 0"),
         (lambda: PowerIteration(slack="a"), TypeError, "slack to be a number"),
         (lambda: Backtracking(shrink=1.0), ValueError, r"shrink in \(0, 1\)"),

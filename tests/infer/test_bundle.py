@@ -21,13 +21,27 @@ from pyro_sparse.dictionaries import Composition, Conv, Dense, Interior, Overhan
 from pyro_sparse.guides import UnrolledEncoder, UnrolledFISTA
 from pyro_sparse.infer import bundle, storage
 from pyro_sparse.infer.bundle import load, register_savable, save
-from pyro_sparse.likelihoods import Gaussian
+from pyro_sparse.likelihoods import (
+    Bernoulli,
+    Binomial,
+    Exponential,
+    Gamma,
+    Gaussian,
+    Likelihood,
+    NegativeBinomial,
+    Offset,
+    Poisson,
+    Stabilised,
+)
 from pyro_sparse.models import SparseCoding
 from pyro_sparse.solvers import (
     FISTA,
     ISTA,
+    Backtracking,
     Bias,
+    Fixed,
     HardThreshold,
+    PowerIteration,
     Proximal,
     Shrinkage,
     TopK,
@@ -728,3 +742,34 @@ def test_weights_that_are_not_finite_pass_on_request(victim: Path) -> None:
     refused(victim, "finite")
     guide = load(victim, finite=False)["guide"]
     assert bool(guide.encoder.shrinkage.log_factor.isnan().all())
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        Poisson(),
+        Bernoulli(),
+        Exponential(),
+        Binomial(torch.tensor([1.0, 2.0, 3.0, 4.0])),
+        NegativeBinomial(1.5),
+        NegativeBinomial(torch.rand(4) + 0.5, trainable=True),
+        Gamma(torch.rand(4) + 0.5),
+        Gamma(2.0, trainable=True),
+        Offset(Poisson(), torch.rand(4), trainable=True),
+        Stabilised(Offset(Poisson(), 0.5), 2.0),
+    ],
+    ids=repr,
+)
+def test_a_likelihood_comes_back(tmp_path: Path, likelihood: Likelihood) -> None:
+    shake(likelihood)
+    back = round_trip(tmp_path, likelihood=likelihood)["likelihood"]
+    assert repr(back) == repr(likelihood) and same_state(back, likelihood)
+    predictor, y = torch.randn(3, 4), torch.ones(3, 4)
+    assert torch.equal(back.residual(predictor, y), likelihood.residual(predictor, y))
+    trained = [name for name, _ in likelihood.named_parameters()]
+    assert [name for name, _ in back.named_parameters()] == trained
+
+
+def test_a_search_for_steps_comes_back(tmp_path: Path) -> None:
+    for step in (Backtracking(), Backtracking(0.5, shrink=0.7), Fixed(0.1), PowerIteration(5)):
+        assert repr(round_trip(tmp_path / repr(step)[:20], step=step)["step"]) == repr(step)

@@ -1,4 +1,4 @@
-"""How long a proximal-gradient step on any program may be."""
+"""How long a proximal-gradient step on any objective may be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyro_sparse.infer.numbers import check_whole
+from pyro_sparse.dictionaries.base import check_sizes
 
 
 class Smooth(Protocol):
@@ -135,7 +135,7 @@ class PowerIteration(StepSize):
     slack: float
 
     def __init__(self, num_products: int = 32, *, slack: float = 0.1) -> None:
-        check_whole("num_products", num_products, 1)
+        check_sizes(num_products=num_products)
         if not isinstance(slack, Real):
             raise TypeError(f"Expected slack to be a number, got {slack!r}.")
         if not 0 < slack < math.inf:
