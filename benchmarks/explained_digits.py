@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,18 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from benchmarks import common
 from pyro_sparse import infer
 from pyro_sparse.diagnostics import Representer, plot_representer
 from pyro_sparse.dictionaries import Dense
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
+from pyro_sparse.solvers import Proximal
 
 RATE = 0.7
 """Of the exponential prior at noise 1, as published: digits have a norm of about 9."""
@@ -61,7 +61,7 @@ def train(
     dictionary, likelihood = Dense(atoms, y.shape[1], atoms=start), Gaussian(1.0)
     prior = dist.Exponential(RATE)
     model = SparseCoding(dictionary, likelihood, prior)
-    guide = UnrolledFISTA(dictionary, likelihood, prior, num_steps=DEPTH, learn_thresholds=False)
+    guide = UnrolledFISTA(dictionary, likelihood, prior, num_steps=DEPTH, shrinkage=Proximal())
     adam = functools.partial(torch.optim.Adam, lr=3e-3)
     history = infer.fit(
         model, guide, y, optimizer=adam, epochs=epochs, batch_size=100, seed=seed, progress=False,
@@ -129,9 +129,7 @@ def main() -> None:
         images, options.atoms, options.epochs, options.seed
     )
     trained = time.perf_counter() - began
-    deep = UnrolledFISTA(
-        dictionary, likelihood, prior, num_steps=DEPTH_AFTER, learn_thresholds=False
-    )
+    deep = UnrolledFISTA(dictionary, likelihood, prior, num_steps=DEPTH_AFTER, shrinkage=Proximal())
     with torch.no_grad():
         codes, new = deep.encode(images), deep.encode(y)
     rows = {}
@@ -154,25 +152,21 @@ def main() -> None:
         )  # fmt: skip
         axes[0, 0].figure.savefig(options.out / "explained_digits.png", dpi=90)
     if options.json:
-        record = {
-            "command": f"python -m benchmarks.explained_digits --atoms {options.atoms} --digits "
+        command = (
+            f"python -m benchmarks.explained_digits --atoms {options.atoms} --digits "
             f"{options.digits} --tested {options.tested} --epochs {options.epochs} --seed "
-            f"{options.seed} --threads {options.threads}",
-            "seed": options.seed,
-            "loss_by_epoch": [round(loss, 3) for loss in losses],
-            "active_codes": round(float((codes > 0).float().sum(1).mean()), 1),
-            "rows": rows,
-            "training_seconds": round(trained, 1),
-            "seconds": round(time.perf_counter() - began, 1),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "pyro": pyro.__version__,
-                "numpy": np.__version__,
-                "matplotlib": matplotlib.__version__,
-            },
-        }
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+            f"{options.seed} --threads {options.threads}"
+        )
+        content = common.record(
+            command,
+            options.seed,
+            began,
+            loss_by_epoch=[round(loss, 3) for loss in losses],
+            active_codes=round(float((codes > 0).float().sum(1).mean()), 1),
+            rows=rows,
+            training_seconds=round(trained, 1),
+        )
+        common.write(options.json, content)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,20 +25,20 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
-import scipy
 import torch
 from matplotlib import pyplot as plt
 from scipy.interpolate import griddata
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from benchmarks import common
 from pyro_sparse import infer
 from pyro_sparse.dictionaries import Conv
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
+from pyro_sparse.solvers import Proximal
 from tutorials.demo.photograph import dct_atoms, load
 
 Picture = np.ndarray[Any, Any]
@@ -110,9 +108,7 @@ def interpolated(picture: Picture, seen: Picture) -> Picture:
 
 def guide_of(dictionary: Conv, level: float) -> UnrolledFISTA:
     prior = dist.Laplace(0.0, NOISE / level)
-    return UnrolledFISTA(
-        dictionary, Gaussian(NOISE), prior, num_steps=DEPTH, learn_thresholds=False
-    )
+    return UnrolledFISTA(dictionary, Gaussian(NOISE), prior, num_steps=DEPTH, shrinkage=Proximal())
 
 
 def fill(
@@ -254,22 +250,12 @@ def main() -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         draw(truth, found, options.out / "inpainting.png")
-        record = {
-            "command": f"python -m benchmarks.inpainting --crops {options.crops} "
-            f"--seed {options.seed} --threads {options.threads}",
-            "seed": options.seed,
-            "rows": rows,
-            "seconds": round(time.perf_counter() - began, 1),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "pyro": pyro.__version__,
-                "numpy": np.__version__,
-                "scipy": scipy.__version__,
-                "matplotlib": matplotlib.__version__,
-            },
-        }
-        (options.out / "inpainting.json").write_text(json.dumps(record, indent=2) + "\n")
+        command = (
+            f"python -m benchmarks.inpainting --crops {options.crops} --seed {options.seed} "
+            f"--threads {options.threads}"
+        )
+        content = common.record(command, options.seed, began, rows=rows)
+        common.write(options.out / "inpainting.json", content)
 
 
 if __name__ == "__main__":
