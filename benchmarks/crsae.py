@@ -380,6 +380,12 @@ def main() -> None:
         net, said = train(protocol, data_folder(), options.seed, options.checkpoints)
         print(said)
         common.save_weights(out, net.tensors(), said)
+    elif options.command == "train":
+        out = options.out or WEIGHTS / "crsae-spikes.safetensors"
+        recording = dict(np.load(data_folder() / crsae_spikes.RECORDING))
+        tensors, said = crsae_spikes.train(recording, options.seed)
+        print(said)
+        common.save_weights(out, tensors, said)
     elif options.command == "evaluate":
         sigma = options.sigma / 255
         pictures = common.pictures(options.images)
