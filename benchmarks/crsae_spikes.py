@@ -2,7 +2,6 @@
 
     PYRO_SPARSE_DATA=FOLDER python -m benchmarks.crsae train spikes
     python -m benchmarks.crsae evaluate-spikes --weights F --recording X.npz --json OUT
-    PYRO_SPARSE_DATA=FOLDER python -m benchmarks.crsae report spikes
 
 The recording keeps stretches around threshold crossings. They are laid one after the other in rows,
 each with ``kernel - 1`` samples that were not observed on both sides, so that atoms may hang over
@@ -29,7 +28,6 @@ from torch import Tensor
 
 from benchmarks import common
 from pyro_sparse import infer
-from pyro_sparse.diagnostics import match_atoms
 from pyro_sparse.dictionaries import Conv
 from pyro_sparse.distributions import Rate
 from pyro_sparse.guides import UnrolledFISTA
