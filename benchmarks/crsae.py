@@ -113,9 +113,7 @@ def laplace(rate: Tensor) -> dist.Laplace:
     return dist.Laplace(0.0, 1 / rate)
 
 
-def build(
-    tensors: dict[str, Tensor], sigma: float, *, unit_norm: bool = True, depth: int = DEPTH
-) -> Net:
+def build(tensors: dict[str, Tensor], sigma: float, *, depth: int, unit_norm: bool = True) -> Net:
     """A net of these atoms and rates, untied where there is an ``analysis`` and a ``synthesis``."""
 
     def conv(atoms: Tensor) -> Conv:
@@ -136,14 +134,15 @@ def start(seed: int, unit_norm: bool) -> Net:
     """Random atoms of about unit norm, tied."""
     draw = torch.Generator().manual_seed(seed)
     atoms = torch.randn(ATOMS, 1, KERNEL, KERNEL, generator=draw) / KERNEL
-    return build({"atoms": atoms, "rate": torch.full((ATOMS,), RATE)}, SIGMA, unit_norm=unit_norm)
+    tensors = {"atoms": atoms, "rate": torch.full((ATOMS,), RATE)}
+    return build(tensors, SIGMA, depth=DEPTH, unit_norm=unit_norm)
 
 
 def untied(net: Net, unit_norm: bool) -> Net:
     """The same net with copies of the atoms for analysis, synthesis and output."""
     found = {name: tensor.detach() for name, tensor in net.tensors().items()}
     found |= {"analysis": found["atoms"], "synthesis": found["atoms"]}
-    return build(found, SIGMA, unit_norm=unit_norm)
+    return build(found, SIGMA, depth=DEPTH, unit_norm=unit_norm)
 
 
 class Crops(torch.utils.data.Dataset[Tensor]):

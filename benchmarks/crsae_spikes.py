@@ -7,7 +7,7 @@ The recording keeps stretches around threshold crossings. They are laid one afte
 each with ``kernel - 1`` samples that were not observed on both sides, so that atoms may hang over
 its ends. Codes are non-negative; templates and codes alternate, with the rate of each template by
 EM. An event is a cluster of active codes of the cell's template, at the trough and with their sum
-for an amplitude. Its threshold is Otsu's of all amplitudes, which knows no truth.
+for an amplitude. Its threshold is Otsu's, which knows no truth.
 
 Every method is scored alike: one event for one true spike, at most ``WINDOW`` samples apart.
 """
@@ -201,11 +201,18 @@ def events(codes: Tensor, rows: Rows, atoms: Tensor, cell: int) -> Events:
     return Events(np.bincount(label, value * at) / total, total)
 
 
-def otsu(values: Array) -> float:
-    """The threshold between two classes of least variance within them (Otsu 1979)."""
-    ordered = np.sort(values)
-    if len(ordered) < 2:
-        raise ValueError(f"Expected at least two events to set a threshold, got {len(ordered)}.")
+def otsu(amplitudes: Array) -> float:
+    """Threshold between two classes, of least variance within them, without the truth.
+
+    Places without an event count as amplitudes of zero, as many as there are events: where no small
+    event was found either, the lower class is theirs.
+
+    References:
+        Otsu (1979), IEEE Trans. Syst. Man Cybern. 9(1).
+    """
+    if not len(amplitudes):
+        raise ValueError("Expected events to set a threshold by, got none: try lower rates.")
+    ordered = np.sort(np.r_[np.zeros(len(amplitudes)), amplitudes])
     below = np.arange(1, len(ordered))
     sums = np.cumsum(ordered)
     low, high = sums[:-1] / below, (sums[-1] - sums[:-1]) / (len(ordered) - below)
