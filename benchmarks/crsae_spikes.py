@@ -52,7 +52,7 @@ MERGE = 3
 STRENGTH = 10.0
 """How many times more the hyperprior of a rate counts than all positions of a row. With point codes
 a weaker one ends at rates that switch templates off (see ``infer.em``)."""
-DEPTH, EPOCHS, BATCH, LEARNING_RATE = 60, 8, 64, 3e-3
+DEPTH, EPOCHS, BATCH, LEARNING_RATE = 60, 6, 64, 3e-3
 TOLERANCE = 1e-3
 """Relative duality gap of the codes that events are read from."""
 
