@@ -132,6 +132,15 @@ def spikes(file: Path, folder: Path, sampled: int) -> tuple[dict[str, Any], dict
             "rates": [round(float(r), 3) for r in used["rate"]],
         }
         curves[name] = (points, chosen)
+    likely = crsae_spikes.probable_events(tensors, rows, cell, settings["seed"])
+    found["event probabilities"] = {
+        "without_the_truth": _sum(
+            {"threshold": 0.5, **crsae_spikes.score(likely.above(0.5), truth)}
+        ),
+        "best_threshold": _sum(crsae_spikes.best(crsae_spikes.curve(likely, truth))),
+        "expected_events": round(float(likely.amplitudes.sum()), 1),
+        "events_above_one_half": int((likely.amplitudes >= 0.5).sum()),
+    }
     average = crsae_spikes.triggered_average(trace, truth, kernel)
     found["correlation_with_triggered_average"] = {
         name: round(float(match_atoms(atoms[cell : cell + 1], average).correlation), 4)

@@ -29,12 +29,12 @@ from torch import Tensor
 from benchmarks import common
 from pyro_sparse import infer
 from pyro_sparse.dictionaries import Conv
-from pyro_sparse.distributions import Rate
-from pyro_sparse.guides import UnrolledFISTA
+from pyro_sparse.distributions import Rate, SpikeAndSlab
+from pyro_sparse.guides import Thresholded, UnrolledEncoder, UnrolledFISTA
 from pyro_sparse.infer import Differentiated, Phase, RateEM, SparseELBO, Update
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
-from pyro_sparse.solvers import Detached, Proximal, solve
+from pyro_sparse.solvers import Detached, Proximal, Unrolled, solve
 
 Array = np.ndarray[Any, Any]
 
@@ -187,18 +187,61 @@ class Events(NamedTuple):
 
 def events(codes: Tensor, rows: Rows, atoms: Tensor, cell: int) -> Events:
     """Clusters of active codes of a template: their mean place and their sum."""
-    trough = int(atoms[cell].abs().flatten().argmax())
-    own = codes[:, cell].numpy()  # (rows, positions)
-    row, position = np.nonzero(own > 0)
-    at, value = rows.samples[row, position + trough], own[row, position]
-    order = np.argsort(at, kind="stable")
-    order = order[at[order] >= 0]  # elsewhere no sample is near
-    if not len(order):
-        return Events(np.zeros(0), np.zeros(0))
-    at, value = at[order], value[order]
-    label = np.r_[0, np.cumsum(np.diff(at) > MERGE)]
+    label, at, value = clusters(codes[:, cell], rows, atoms[cell], 0.0)
     total = np.bincount(label, value)
     return Events(np.bincount(label, value * at) / total, total)
+
+
+def clusters(values: Tensor, rows: Rows, atom: Tensor, floor: float) -> tuple[Array, Array, Array]:
+    """Cluster, sample number of the trough and value, of values ``(rows, positions)`` above."""
+    trough = int(atom.abs().flatten().argmax())
+    row, position = np.nonzero(values.numpy() > floor)
+    at, value = rows.samples[row, position + trough], values.numpy()[row, position]
+    order = np.argsort(at, kind="stable")
+    order = order[at[order] >= 0]  # elsewhere no sample is near
+    at, value = at[order], value[order]
+    label = np.r_[np.zeros(min(len(at), 1), int), np.cumsum(np.diff(at) > MERGE)]
+    return label, at, value
+
+
+def probable_events(
+    tensors: dict[str, Tensor], rows: Rows, cell: int, seed: int, *, epochs: int = 2
+) -> Events:
+    """Events with their posterior probabilities for amplitudes, by a thresholded guide.
+
+    The prior is a spike and a slab, with share, mean and spread of every template's amplitudes
+    above Otsu's threshold; the guide is trained on the recording, with the templates held. Codes
+    of a cluster count as independent.
+    """
+    atoms, rate = tensors["atoms"], tensors["rate"]
+    codes = codes_of(tensors, rows)
+    found = []
+    for k in range(len(atoms)):
+        amplitudes = events(codes, rows, atoms, k).amplitudes
+        large = amplitudes[amplitudes >= otsu(amplitudes)] + float(rate[k])  # less shrinkage
+        found.append((len(large) / int(rows.mask.sum()), large.mean(), max(large.std(), 0.1)))
+    probs, loc, scale = torch.tensor(np.array(found), dtype=atoms.dtype).T[..., None]
+    dictionary, likelihood = templates(atoms), Gaussian(NOISE)
+    dictionary.requires_grad_(False)
+    prior = SpikeAndSlab(dist.Normal(loc, scale), probs=probs)
+    model = SparseCoding(dictionary, likelihood, prior)
+    solver = Unrolled(dictionary, likelihood, num_steps=DEPTH, shrinkage=Proximal())
+    guide = Thresholded(
+        UnrolledEncoder(
+            solver, exponential(rate.mean()), init_probs=float(probs.mean()),
+            init_scale=float(loc.mean()),
+        )
+    )  # fmt: skip
+    infer.fit(
+        model, guide, rows.y, mask=rows.mask, epochs=epochs, batch_size=min(BATCH, len(rows.y)),
+        optimizer=functools.partial(torch.optim.Adam, lr=3e-2), seed=seed, progress=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        parts = zip(rows.y.split(BATCH), rows.mask.split(BATCH), strict=True)
+        active = torch.cat([guide.posterior(y, mask).prob_active[:, cell] for y, mask in parts])
+    label, at, value = clusters(active, rows, atoms[cell], 1e-3)
+    none = np.bincount(label, np.log1p(-np.minimum(value, 1 - 1e-7)))
+    return Events(np.bincount(label, value * at) / np.bincount(label, value), -np.expm1(none))
 
 
 def otsu(amplitudes: Array) -> float:

@@ -116,6 +116,12 @@ def test_spikes_are_found_by_the_commands(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["true_spikes"] == len(data["true_spikes"]) > 20
     assert found["misses"] + found["false_alarms"] <= 2
+    rows = crsae_spikes.rows_of(data["trace"], 21, 200)
+    likely = crsae_spikes.probable_events(tensors, rows, settings["cell"], 0, epochs=60)
+    errors = crsae_spikes.score(likely.above(0.5), data["true_spikes"])
+    assert errors["misses"] + errors["false_alarms"] <= 2
+    assert likely.amplitudes.min() >= 0
+    assert likely.amplitudes.max() <= 1
     codes_only = crsae_spikes.score(np.zeros(0), data["true_spikes"])
     assert codes_only == {"misses": len(data["true_spikes"]), "false_alarms": 0}
 
