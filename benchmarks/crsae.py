@@ -79,13 +79,13 @@ class Protocol:
     tied: bool
     rates: str = "backprop"
     unit_norm: bool = True
-    steps: int = 3000
+    steps: int = 2000
     batch: int = 2
     crop: int = 62
     shifts: int = 2
     learning_rate: float = 1e-2
     rate_learning_rate: float = 1e-2
-    tied_steps: int = 600
+    tied_steps: int = 400
 
 
 @dataclass

@@ -141,6 +141,7 @@ def spikes(file: Path, folder: Path, sampled: int) -> tuple[dict[str, Any], dict
         "expected_events": round(float(likely.amplitudes.sum()), 1),
         "events_above_one_half": int((likely.amplitudes >= 0.5).sum()),
     }
+    curves["event probabilities"] = crsae_spikes.curve(likely, truth), chosen
     average = crsae_spikes.triggered_average(trace, truth, kernel)
     found["correlation_with_triggered_average"] = {
         name: round(float(match_atoms(atoms[cell : cell + 1], average).correlation), 4)
@@ -160,21 +161,22 @@ def _sum(point: dict[str, Any]) -> dict[str, Any]:
 
 def draw_spikes(shown: dict[str, Any], file: Path) -> None:
     """Misses against false alarms over thresholds, and the learned templates."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for (name, (points, chosen)), color in zip(shown["curves"].items(), ("C0", "C1"), strict=True):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    for number, (name, (points, chosen)) in enumerate(shown["curves"].items()):
+        color = f"C{number}"
         false_alarms = [p["false_alarms"] for p in points]
         left.plot(false_alarms, [p["misses"] for p in points], color=color, label=name)
-        left.plot(
-            chosen["false_alarms"], chosen["misses"], "o", color=color, label="Otsu's threshold"
-        )
-    left.set(xlim=(0, 80), ylim=(0, 80), xlabel="false alarms", ylabel="misses")
-    left.plot([0, 21], [21, 0], ":", color="gray", label="21 errors")
+        left.plot(chosen["false_alarms"], chosen["misses"], "o", color=color)
+    best = SPIKES_TARGETS["best_threshold"]
+    left.plot([0, best], [best, 0], ":", color="gray", label=f"{best} errors")
+    left.plot([], [], "o", color="gray", label="threshold without the truth")
+    left.set(xlim=(0, 50), ylim=(-0.5, 40), xlabel="false alarms", ylabel="misses")
     left.legend(frameon=False)
     for number, atom in enumerate(shown["learned"][:, 0]):
         own = " (recorded cell)" if number == crsae_spikes.CELL else ""
         right.plot(np.arange(len(atom)) / 10, atom, label=f"template {number}{own}")
     right.set(xlabel="time / ms", ylabel="unit norm", title="learned templates")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="lower right")
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
