@@ -133,10 +133,9 @@ def spikes(file: Path, folder: Path, sampled: int) -> tuple[dict[str, Any], dict
         }
         curves[name] = (points, chosen)
     likely = crsae_spikes.probable_events(tensors, rows, cell, settings["seed"])
+    chosen = crsae_spikes.score(likely.above(0.5), truth)
     found["event probabilities"] = {
-        "without_the_truth": _sum(
-            {"threshold": 0.5, **crsae_spikes.score(likely.above(0.5), truth)}
-        ),
+        "without_the_truth": _sum({"threshold": 0.5, **chosen}),
         "best_threshold": _sum(crsae_spikes.best(crsae_spikes.curve(likely, truth))),
         "expected_events": round(float(likely.amplitudes.sum()), 1),
         "events_above_one_half": int((likely.amplitudes >= 0.5).sum()),
@@ -176,7 +175,7 @@ def draw_spikes(shown: dict[str, Any], file: Path) -> None:
         own = " (recorded cell)" if number == crsae_spikes.CELL else ""
         right.plot(np.arange(len(atom)) / 10, atom, label=f"template {number}{own}")
     right.set(xlabel="time / ms", ylabel="unit norm", title="learned templates")
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="lower right", fontsize=8)
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
