@@ -72,20 +72,22 @@ EXCLUDED = "12003"
 class Protocol:
     """How one net is trained.
 
-    ``crop`` is a kernel plus a multiple of the stride; an untied net starts from one that was
-    trained for ``tied_steps`` with tied weights.
+    ``crop`` is a kernel plus a multiple of the stride. Every net starts from one of ``first_depth``
+    layers with tied weights that was trained for ``first_steps``: its steps cost a third.
     """
 
     tied: bool
     rates: str = "backprop"
     unit_norm: bool = True
-    steps: int = 2000
+    steps: int = 700
     batch: int = 2
     crop: int = 62
     shifts: int = 2
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     rate_learning_rate: float = 1e-2
-    tied_steps: int = 400
+    first_steps: int = 1500
+    first_depth: int = 10
+    first_learning_rate: float = 1e-2
 
 
 @dataclass
@@ -130,19 +132,20 @@ def build(tensors: dict[str, Tensor], sigma: float, *, depth: int, unit_norm: bo
     return Net(dictionary, rate, model, ShiftAveraged(guide, dictionary, likelihood))
 
 
-def start(seed: int, unit_norm: bool) -> Net:
-    """Random atoms of about unit norm, tied."""
+def start(protocol: Protocol, seed: int) -> Net:
+    """Random atoms of about unit norm, tied, few layers."""
     draw = torch.Generator().manual_seed(seed)
     atoms = torch.randn(ATOMS, 1, KERNEL, KERNEL, generator=draw) / KERNEL
     tensors = {"atoms": atoms, "rate": torch.full((ATOMS,), RATE)}
-    return build(tensors, SIGMA, depth=DEPTH, unit_norm=unit_norm)
+    return build(tensors, SIGMA, depth=protocol.first_depth, unit_norm=protocol.unit_norm)
 
 
-def untied(net: Net, unit_norm: bool) -> Net:
-    """The same net with copies of the atoms for analysis, synthesis and output."""
+def deepened(net: Net, protocol: Protocol) -> Net:
+    """The same atoms in all layers, with copies for analysis and synthesis where untied."""
     found = {name: tensor.detach() for name, tensor in net.tensors().items()}
-    found |= {"analysis": found["atoms"], "synthesis": found["atoms"]}
-    return build(found, SIGMA, depth=DEPTH, unit_norm=unit_norm)
+    if not protocol.tied:
+        found |= {"analysis": found["atoms"], "synthesis": found["atoms"]}
+    return build(found, SIGMA, depth=DEPTH, unit_norm=protocol.unit_norm)
 
 
 class Crops(torch.utils.data.Dataset[Tensor]):
@@ -170,7 +173,7 @@ class Crops(torch.utils.data.Dataset[Tensor]):
         return crop.flip(dims) if dims else crop
 
 
-def recipe(net: Net, protocol: Protocol, steps: int) -> Phase:
+def recipe(net: Net, protocol: Protocol, steps: int, learning_rate: float) -> Phase:
     """Atoms by the error of the picture; rates by it as well, by their own loss, or not at all."""
     cosine = functools.partial(CosineAnnealingLR, T_max=steps)
     error = AveragedError(net.guide, SIGMA, protocol.shifts)
@@ -184,7 +187,7 @@ def recipe(net: Net, protocol: Protocol, steps: int) -> Phase:
         slow = [p for p in parameters if id(p) not in fixed]
         kept = [{"params": slow}, {"params": fast, "lr": protocol.rate_learning_rate}]
         kept = [group for group in kept if group["params"]]
-        return torch.optim.Adam(kept, lr=protocol.learning_rate)
+        return torch.optim.Adam(kept, lr=learning_rate)
 
     def update(loss: Any, train: list[Any]) -> Update:
         return Update(loss, groups, train, cosine, schedule_per_step=True)
@@ -236,21 +239,21 @@ def train(protocol: Protocol, folder: Path, seed: int, checkpoints: Path | None 
     begun = time.perf_counter(), time.process_time()
     pictures, held_out = photographs(folder)
 
-    def run(net: Net, steps: int, name: str) -> int:
+    def run(net: Net, steps: int, rate: float, name: str) -> int:
         crops = Crops(pictures, steps * protocol.batch, protocol.crop, seed)
         kept = None if checkpoints is None else infer.Checkpoints(checkpoints / name, every=200)
         history = infer.fit(
-            net.model, net.guide, crops, phases=[recipe(net, protocol, steps)],
+            net.model, net.guide, crops, phases=[recipe(net, protocol, steps, rate)],
             batch_size=protocol.batch, seed=seed, checkpoints=kept, progress=False,
             callbacks=[Watch(net, held_out, max(steps // 6, 1))],
         )  # fmt: skip
         return len(history.faults)
 
-    net, faults = start(seed, protocol.unit_norm), 0
-    if not protocol.tied:
-        faults += run(net, protocol.tied_steps, "tied")
-        net = untied(net, protocol.unit_norm)
-    faults += run(net, protocol.steps, "last")
+    net, faults = start(protocol, seed), 0
+    if protocol.first_steps:
+        faults += run(net, protocol.first_steps, protocol.first_learning_rate, "first")
+    net = deepened(net, protocol)
+    faults += run(net, protocol.steps, protocol.learning_rate, "last")
     return net, {
         **asdict(protocol),
         "seed": seed,
@@ -296,11 +299,26 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
     """The short protocol, or the published one, with what the command line changes."""
     given = {
         name: getattr(options, name)
-        for name in ("rates", "steps", "batch", "crop", "learning_rate", "rate_learning_rate")
+        for name in (
+            "rates",
+            "steps",
+            "first_steps",
+            "batch",
+            "crop",
+            "learning_rate",
+            "rate_learning_rate",
+        )
         if getattr(options, name) is not None
     }
     if options.full:
-        full = {"steps": 250 * 431, "batch": 1, "crop": 127, "shifts": 25, "learning_rate": 1e-3}
+        full = {
+            "steps": 250 * 431,
+            "batch": 1,
+            "crop": 127,
+            "shifts": 25,
+            "learning_rate": 1e-3,
+            "first_steps": 0,
+        }
         given = full | given
     return Protocol(options.what == "images-tied", unit_norm=not options.free_norm, **given)
 
@@ -317,7 +335,7 @@ def main() -> None:
     training.add_argument("--checkpoints", type=Path, help="folder, to resume from")
     training.add_argument("--rates", choices=["fixed", "backprop", "em"])
     training.add_argument("--free-norm", action="store_true")
-    for name in ("steps", "batch", "crop"):
+    for name in ("steps", "first-steps", "batch", "crop"):
         training.add_argument(f"--{name}", type=int)
     for name in ("learning-rate", "rate-learning-rate"):
         training.add_argument(f"--{name}", type=float)
