@@ -79,13 +79,14 @@ class Protocol:
     tied: bool
     rates: str = "backprop"
     unit_norm: bool = True
-    steps: int = 700
+    steps: int = 1300
+    depth: int = DEPTH
     batch: int = 2
     crop: int = 62
     shifts: int = 2
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     rate_learning_rate: float = 1e-2
-    first_steps: int = 1500
+    first_steps: int = 600
     first_depth: int = 10
     first_learning_rate: float = 1e-2
 
@@ -145,7 +146,7 @@ def deepened(net: Net, protocol: Protocol) -> Net:
     found = {name: tensor.detach() for name, tensor in net.tensors().items()}
     if not protocol.tied:
         found |= {"analysis": found["atoms"], "synthesis": found["atoms"]}
-    return build(found, SIGMA, depth=DEPTH, unit_norm=protocol.unit_norm)
+    return build(found, SIGMA, depth=protocol.depth, unit_norm=protocol.unit_norm)
 
 
 class Crops(torch.utils.data.Dataset[Tensor]):
@@ -245,7 +246,7 @@ def train(protocol: Protocol, folder: Path, seed: int, checkpoints: Path | None 
         history = infer.fit(
             net.model, net.guide, crops, phases=[recipe(net, protocol, steps, rate)],
             batch_size=protocol.batch, seed=seed, checkpoints=kept, progress=False,
-            callbacks=[Watch(net, held_out, max(steps // 6, 1))],
+            callbacks=[Watch(net, held_out, max(steps // 3, 1))],
         )  # fmt: skip
         return len(history.faults)
 
@@ -257,7 +258,6 @@ def train(protocol: Protocol, folder: Path, seed: int, checkpoints: Path | None 
     return net, {
         **asdict(protocol),
         "seed": seed,
-        "depth": DEPTH,
         "held_out_psnr": round(validate(net, held_out), 3),
         "faults": faults,
         "training_seconds": round(time.perf_counter() - begun[0], 1),
@@ -302,6 +302,7 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
         for name in (
             "rates",
             "steps",
+            "depth",
             "first_steps",
             "batch",
             "crop",
@@ -335,7 +336,7 @@ def main() -> None:
     training.add_argument("--checkpoints", type=Path, help="folder, to resume from")
     training.add_argument("--rates", choices=["fixed", "backprop", "em"])
     training.add_argument("--free-norm", action="store_true")
-    for name in ("steps", "first-steps", "batch", "crop"):
+    for name in ("steps", "depth", "first-steps", "batch", "crop"):
         training.add_argument(f"--{name}", type=int)
     for name in ("learning-rate", "rate-learning-rate"):
         training.add_argument(f"--{name}", type=float)

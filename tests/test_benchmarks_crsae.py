@@ -26,7 +26,6 @@ def run(*arguments: object) -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Smooth random pictures, and small nets for them."""
     monkeypatch.setattr(crsae, "ATOMS", 6)
-    monkeypatch.setattr(crsae, "DEPTH", 4)
     random = np.random.default_rng(0)
     (tmp_path / "cbsd432").mkdir()
     for i in range(10):
@@ -59,7 +58,9 @@ def recording(seed: int = 0) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("rates", ["fixed", "backprop", "em"])
 def test_training_lowers_the_error_and_moves_the_rates_it_should(folder: Path, rates: str) -> None:
-    protocol = crsae.Protocol(tied=True, rates=rates, steps=20, first_steps=10, crop=32)
+    protocol = crsae.Protocol(
+        tied=True, rates=rates, steps=20, first_steps=10, crop=32, depth=4, first_depth=3
+    )
     net, said = crsae.train(protocol, folder, seed=0)
     _, held_out = crsae.photographs(folder)
     assert said["held_out_psnr"] > crsae.validate(crsae.start(protocol, 0), held_out) + 0.5
@@ -67,7 +68,7 @@ def test_training_lowers_the_error_and_moves_the_rates_it_should(folder: Path, r
 
 
 def test_evaluating_saved_weights_gives_what_the_net_gives(folder: Path) -> None:
-    protocol = crsae.Protocol(tied=False, steps=2, first_steps=2, crop=37)
+    protocol = crsae.Protocol(tied=False, steps=2, first_steps=2, crop=37, depth=4)
     net, said = crsae.train(protocol, folder, seed=0)
     common.save_weights(folder / "w.safetensors", net.tensors(), said)
     assert (folder / "w.safetensors").stat().st_size < 1_000_000
