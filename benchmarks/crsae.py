@@ -144,7 +144,7 @@ def start(protocol: Protocol, seed: int) -> Net:
 def deepened(net: Net, protocol: Protocol) -> Net:
     """The same atoms in all layers, with copies for analysis and synthesis where untied."""
     found = {name: tensor.detach() for name, tensor in net.tensors().items()}
-    if not protocol.tied:
+    if not protocol.tied and "analysis" not in found:
         found |= {"analysis": found["atoms"], "synthesis": found["atoms"]}
     return build(found, SIGMA, depth=protocol.depth, unit_norm=protocol.unit_norm)
 
@@ -235,8 +235,14 @@ def photographs(folder: Path) -> tuple[list[Tensor], Tensor]:
     return [every[name] for name in names if name not in held], torch.stack(crops)
 
 
-def train(protocol: Protocol, folder: Path, seed: int, checkpoints: Path | None = None) -> Any:
-    """The net, and what is to be said of its training."""
+def train(
+    protocol: Protocol,
+    folder: Path,
+    seed: int,
+    checkpoints: Path | None = None,
+    begin: Path | None = None,
+) -> Any:
+    """The net, and what is to be said of its training; ``begin`` goes on from a trained net."""
     begun = time.perf_counter(), time.process_time()
     pictures, held_out = photographs(folder)
 
@@ -250,8 +256,10 @@ def train(protocol: Protocol, folder: Path, seed: int, checkpoints: Path | None 
         )  # fmt: skip
         return len(history.faults)
 
-    net, faults = start(protocol, seed), 0
-    if protocol.first_steps:
+    net, faults, earlier = start(protocol, seed), 0, None
+    if begin is not None:
+        net, earlier = restore(begin, SIGMA), common.load_weights(begin)[1]
+    elif protocol.first_steps:
         faults += run(net, protocol.first_steps, protocol.first_learning_rate, "first")
     net = deepened(net, protocol)
     faults += run(net, protocol.steps, protocol.learning_rate, "last")
@@ -260,6 +268,7 @@ def train(protocol: Protocol, folder: Path, seed: int, checkpoints: Path | None 
         "seed": seed,
         "held_out_psnr": round(validate(net, held_out), 3),
         "faults": faults,
+        "after": earlier,
         "training_seconds": round(time.perf_counter() - begun[0], 1),
         "training_processor_seconds": round(time.process_time() - begun[1], 1),
     }
@@ -306,6 +315,7 @@ def protocol_of(options: argparse.Namespace) -> Protocol:
             "first_steps",
             "batch",
             "crop",
+            "shifts",
             "learning_rate",
             "rate_learning_rate",
         )
@@ -334,9 +344,10 @@ def main() -> None:
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--out", type=Path, help="default: benchmarks/weights/crsae-WHAT")
     training.add_argument("--checkpoints", type=Path, help="folder, to resume from")
+    training.add_argument("--begin", type=Path, help="weights of a trained net to go on from")
     training.add_argument("--rates", choices=["fixed", "backprop", "em"])
     training.add_argument("--free-norm", action="store_true")
-    for name in ("steps", "depth", "first-steps", "batch", "crop"):
+    for name in ("steps", "depth", "first-steps", "batch", "crop", "shifts"):
         training.add_argument(f"--{name}", type=int)
     for name in ("learning-rate", "rate-learning-rate"):
         training.add_argument(f"--{name}", type=float)
@@ -353,7 +364,7 @@ def main() -> None:
     if options.command == "train" and options.what != "spikes":
         out = options.out or WEIGHTS / f"crsae-{options.what}.safetensors"
         protocol = protocol_of(options)
-        net, said = train(protocol, data_folder(), options.seed, options.checkpoints)
+        net, said = train(protocol, data_folder(), options.seed, options.checkpoints, options.begin)
         print(said)
         common.save_weights(out, net.tensors(), said)
     elif options.command == "train":
