@@ -102,7 +102,7 @@ def shallow(steps: int, seed: int) -> dict[str, Any]:
                 "factor_over_the_first_100": round(errors[100] / errors[0], 3),
             }
             axis.semilogy(errors, color=colors(distance / 1.5), label=f"{distance:g}")
-            print(family, distance, found[family][str(distance)])
+            print(family, distance, found[family][str(distance)], flush=True)
         axis.set(title=family, xlabel="step")
     axes[0].set_ylabel("mean distance of atoms from the true ones")
     figure.legend(*axes[0].get_legend_handles_labels(), title="start", loc="outside right center")
@@ -113,7 +113,7 @@ def shallow(steps: int, seed: int) -> dict[str, Any]:
 TAPS, SAMPLES, TRIALS, GROUPS, EVENTS = 50, 500, 30, 300, 2
 BASELINE, AMPLITUDE, START, DEPTH = -1.0, 8.0, 0.4, 100
 METHODS = ("tied", "untied", "Gaussian")
-"""``tied`` and ``untied``: the binomial model; ``Gaussian``: tied, of the counts less their mean."""
+"""``tied``, ``untied``: the binomial model; ``Gaussian``: tied, of the counts less their mean."""
 
 
 def templates() -> Tensor:
@@ -181,7 +181,7 @@ def binomial(epochs: int, seed: int, multiples: tuple[float, ...]) -> dict[str, 
                 "events_a_group": round(events, 1),
                 "seconds": round(time.perf_counter() - begun, 1),
             }
-            print(name, rows[name])
+            print(name, rows[name], flush=True)
     best = {
         method: min(
             multiples,
