@@ -156,7 +156,7 @@ def learn(
     infer.fit(
         SparseCoding(dictionary, likelihood, prior), guide, y, batch_size=30, epochs=epochs,
         loss=infer.Reconstruction(), optimizer=functools.partial(torch.optim.Adam, lr=1e-2),
-        schedule=functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.8),
+        schedule=functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.7),
         seed=seed, progress=False,
     )  # fmt: skip
     with torch.no_grad():
@@ -233,8 +233,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=("shallow", "binomial"))
     parser.add_argument("--steps", type=int, default=600, help="of gradient descent (shallow)")
-    parser.add_argument("--epochs", type=int, default=8, help="(binomial)")
-    parser.add_argument("--multiples", type=float, nargs="+", default=(1.0, 2.0, 4.0))
+    parser.add_argument("--epochs", type=int, default=6, help="(binomial)")
+    parser.add_argument("--multiples", type=float, nargs="+", default=(1.0, 2.0))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
