@@ -32,7 +32,7 @@ def _kl_signed_signed(q: SignedLaplace, p: SignedLaplace) -> Tensor:
             "SignedLaplace(rate, signs) in the guide, with the prior's signs."
         )
     ratio = p.rate / q.rate
-    return ratio - 1 - ratio.log() + math.log(2) * (p.signs.abs() < q.signs.abs())
+    return ratio - 1 - ratio.log() + math.log(2) * (q.signs.abs() - p.signs.abs())
 
 
 @register_kl(dist.Exponential, SignedLaplace)

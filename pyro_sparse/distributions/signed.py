@@ -204,7 +204,7 @@ class SignedLaplace(TorchDistribution):
 
     def _peak(self) -> Tensor:
         """Log-density at zero."""
-        return self.rate.log() - math.log(2) * (self.signs == 0)
+        return self.rate.log() - math.log(2) * (1 - self.signs.abs())
 
 
 @penalty.register(SignedLaplace)
