@@ -73,9 +73,14 @@ def test_a_signed_laplace_is_scipys_law_of_its_sign(sign):
     assert float(law.mean) == pytest.approx(mirror * known.mean())
     assert float(law.variance) == pytest.approx(known.var())
     assert float(law.entropy()) == pytest.approx(known.entropy())
-    assert SignedLaplace(1.7, sign, validate_args=False).log_prob(torch.tensor(-3.0 * sign)) == (
-        -torch.inf if sign else float(law.log_prob(double(3.0)))
-    )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_wrong_sign_has_no_density(sign):
+    wrong = double(-3.0 * sign)
+    assert SignedLaplace(1.7, sign, validate_args=False).log_prob(wrong) == -torch.inf
+    with pytest.raises(ValueError, match=r"within the support \(Signed"):
+        SignedLaplace(1.7, sign, validate_args=True).log_prob(wrong)
 
 
 @pytest.mark.parametrize("one_sided", [False, True])

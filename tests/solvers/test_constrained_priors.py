@@ -192,7 +192,7 @@ def test_many_tied_steps_equal_solve(name):
     net = Unrolled(
         dictionary,
         Gaussian(double(1.0)),
-        num_steps=3000,
+        num_steps=300,
         method=FISTA(restart=True),
         shrinkage=Proximal(),
     )
@@ -256,7 +256,7 @@ def test_an_implicit_gradient_is_that_of_a_deep_net(name):
     net = Unrolled(
         dictionary,
         Gaussian(double(1.0)),
-        num_steps=600,
+        num_steps=250,
         method=FISTA(restart=True),
         shrinkage=Proximal(),
     )
