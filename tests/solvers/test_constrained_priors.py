@@ -192,16 +192,16 @@ def test_many_tied_steps_equal_solve(name):
     net = Unrolled(
         dictionary,
         Gaussian(double(1.0)),
-        num_steps=300,
+        num_steps=500,
         method=FISTA(restart=True),
         shrinkage=Proximal(),
     )
     mask = torch.rand(y.shape) < 0.8
+    mask[0] = True  # one datum whole, the other with samples missing
     with torch.no_grad():
-        for seen in (None, mask):
-            codes = net(y, law, mask=seen)
-            expected = solve(y, dictionary, given.prior, mask=seen, tol=1e-14)
-            torch.testing.assert_close(codes, expected.codes, rtol=0, atol=1e-6)
+        codes = net(y, law, mask=mask)
+    expected = solve(y, dictionary, given.prior, mask=mask, tol=1e-14)
+    torch.testing.assert_close(codes, expected.codes, rtol=0, atol=1e-6)
 
 
 def test_counts_are_certified_too():
