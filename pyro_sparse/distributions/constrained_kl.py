@@ -48,9 +48,9 @@ def _kl_signed_exponential(q: SignedLaplace, p: Any) -> Tensor:
 def _kl_two_sided_signed(q: Any, p: SignedLaplace) -> Tensor:
     if bool((p.signs != 0).any()):
         raise ValueError(
-            f"Expected a guide's law with the signs of the prior, got a two-sided "
-            f"{type(q).__name__}: the divergence is infinite. Use SignedLaplace(rate, signs) in the "
-            "guide, with the prior's signs."
+            "Expected a guide's law with the signs of the prior, got a two-sided "
+            f"{type(q).__name__}: the divergence is infinite. Use SignedLaplace(rate, signs) in "
+            "the guide, with the prior's signs."
         )
     return kl_divergence(q, dist.Laplace(torch.zeros_like(p.rate), 1 / p.rate))
 
@@ -104,10 +104,10 @@ def _kl_known_known(q: KnownSupport, p: KnownSupport) -> Tensor:
 
 def _kl_anywhere_known(q: Distribution, p: KnownSupport) -> Tensor:
     raise ValueError(
-        f"Expected a guide with the support of the prior, got {type(q).__name__}, which is not zero "
-        "outside of it: the divergence is infinite. Use KnownSupport(..., active) in the guide, "
-        "with the prior's active; for codes with an atom at zero use SpikeAndSlab in both, with "
-        "probs=torch.where(active, probs, 0.0)."
+        f"Expected a guide with the support of the prior, got {type(q).__name__}, which is not "
+        "zero outside of it: the divergence is infinite. Use KnownSupport(..., active) in the "
+        "guide, with the prior's active (guides.SupportedPosterior); for codes with an atom at "
+        "zero use SpikeAndSlab in both, with probs=torch.where(active, probs, 0.0)."
     )
 
 

@@ -123,7 +123,8 @@ class KnownSupport(TorchDistribution):
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
         """The base law's on the known support, zero outside; without a bijection."""
-        return ZeroOutside(self.base.support, self.active)
+        support: Any = self.base.support
+        return ZeroOutside(support, self.active)
 
     @property
     def mode(self) -> Tensor:

@@ -1,6 +1,6 @@
 """What a solver asks of a prior, registered by distribution type.
 
-Functions that dispatch on the type of a distribution, as ``torch.distributions.kl_divergence`` does:
+They dispatch on the type of a distribution, as ``torch.distributions.kl_divergence`` does:
 
 - ``prox(prior, value, step)``: one proximal step on its penalty, ``-log p`` up to a constant. It is
   all that an unrolled encoder needs;

@@ -35,8 +35,8 @@ def check_slab(slab: object) -> None:
         )
     if getattr(slab, "has_fixed_zeros", False):
         raise ValueError(
-            f"Expected a slab without zeros of its own, got {type(slab).__name__}. Use its base, and "
-            "a probability of zero outside of the support: probs=torch.where(active, probs, 0.0)."
+            f"Expected a slab without zeros of its own, got {type(slab).__name__}. Use its base, "
+            "and a probability of zero outside: probs=torch.where(active, probs, 0.0)."
         )
     support: Any = slab.support
     refused = support.is_discrete or isinstance(slab, dist.Delta | dist.MaskedDistribution)

@@ -414,7 +414,7 @@ def test_a_law_has_no_divergence_from_itself():
         KnownSupport(signed(), ACTIVE),
         r"use SpikeAndSlab in both, with probs=torch.where\(active",
     ),
-    (SpikeAndSlab(dist.Laplace(0.0, 1.0), 0.5), signed(), "prior with an atom at zero.*SignedLaplace"),
+    (SpikeAndSlab(dist.Laplace(0.0, 1.0), 0.5), signed(), "prior with an atom.*SignedLaplace"),
 ])  # fmt: skip
 def test_a_divergence_that_is_infinite_by_what_the_laws_are_is_refused(q, p, match):
     with pytest.raises(ValueError, match=match):
@@ -473,10 +473,10 @@ def test_signed_codes_may_have_an_atom():
     (lambda: SignedLaplace(-1.0, 1, validate_args=True), ValueError, "rate.*GreaterThan"),
     (lambda: GroupLaplace("one", (2,)), TypeError, "Expected rate to be a number"),
     (lambda: GroupLaplace(0.0, (2,), validate_args=True), ValueError, "rate.*GreaterThan"),
-    (lambda: GroupLaplace(1.0, (4,), group=(3,)), ValueError, r"divides the event.*\(4,\), got \(3,\)"),
+    (lambda: GroupLaplace(1.0, (4,), group=(3,)), ValueError, r"divides the event.*got \(3,\)"),
     (lambda: GroupLaplace(1.0, (4, 2), group=(2,)), ValueError, "Write 1 for a dimension"),
     (lambda: GroupLaplace(1.0, (0,)), ValueError, "event_shape"),
-    (lambda: GroupLaplace(torch.ones(3), (2,)), ValueError, r"to \(..., 1\), got \(3,\).*1 more dim"),
+    (lambda: GroupLaplace(torch.ones(3), (2,)), ValueError, r"to \(..., 1\), got.*1 more dim"),
     (lambda: prox(groups(), torch.ones(4), torch.ones(4)), ValueError, "one step.*Proximal()"),
     (lambda: KnownSupport("law", ACTIVE), TypeError, "Expected base to be a distribution"),
     (lambda: KnownSupport(signed(), [1, 0]), TypeError, "tensor of booleans.*got list"),

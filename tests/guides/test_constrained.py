@@ -260,18 +260,15 @@ def test_rates_of_drawn_codes_come_back_in_closed_form(kind: str) -> None:
     def prior(rate: Tensor) -> Any:
         return {
             "signs": lambda: SignedLaplace(rate, torch.tensor([[1.0], [0.0], [-1.0]])),
-            "neurons": lambda: GroupLaplace(rate.unsqueeze(-1), (4,)),
+            "neurons": lambda: GroupLaplace(rate, (4,)),
             "times": lambda: KnownSupport(dist.Laplace(0.0, 1 / rate), TIMES),
         }[kind]()
 
-    def fitted(rate: Tensor) -> Any:
-        return prior(rate if kind != "neurons" else rate.squeeze(-1))
-
     truth = torch.tensor([0.5, 1.0, 3.0])
     shape = (3, 8, 4) if kind == "neurons" else (3, 8)
-    codes = codes_prior(fitted, truth, shape, like=torch.zeros(1)).sample((2000,))
+    codes = codes_prior(prior, truth, shape, like=torch.zeros(1)).sample((2000,))
     rate = Rate(1.0, num_atoms=3)
-    found = RateEM(rate, fitted).update(codes)
+    found = RateEM(rate, prior).update(codes)
     # Each rate from at least 2000 * 5 numbers of coefficient of variation 1.
     torch.testing.assert_close(found, truth, rtol=5 / 100, atol=0)
 
@@ -325,7 +322,7 @@ FAMILIES = {
 def test_the_relaxations_of_dcea_train_in_all_their_parameters(
     weights: str, decoder: str, family: str
 ) -> None:
-    """Untied (analysis, synthesis, output), a learned bias, a deep decoder: Tolooshams et al. 2020."""
+    """Untied (analysis, synthesis, output), a learned bias, a deep decoder (Tolooshams 2020)."""
     likelihood, stabilised = FAMILIES[family]
     prior, y = dist.Exponential(1.0), torch.randint(0, 4, (6, 1, 11)).float()
     deep = Sharpened()
