@@ -103,7 +103,7 @@ class KnownSupport(TorchDistribution):
         below = base
         while hasattr(below, "base_dist"):
             below = below.base_dist
-        if isinstance(below, Mixed | KnownSupport):
+        if isinstance(below, Mixed | KnownSupport) or hasattr(below, "rsample_given_gates"):
             raise ValueError(
                 f"Expected a base without zeros of its own, got {type(below).__name__}. Of a law "
                 "with an atom a known support is a probability of zero: SpikeAndSlab(slab, "

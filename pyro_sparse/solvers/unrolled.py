@@ -191,12 +191,14 @@ class _Layers:
         return self._shrunk(value, self.num_steps - 1)
 
     def _shrunk(self, value: Tensor, index: int) -> Tensor:
-        law = self.problem.law
+        law, shrinkage = self.problem.law, self.shrinkage
+        if shrinkage.keeps_support:
+            codes: Tensor = shrinkage(law, value, self.step, index, self.num_steps)
+            return codes
         # Before, so that a choice among codes is one of those that may be; after, since a shrinkage
         # may make codes of nothing.
         value = restrict(law, value)
-        codes: Tensor = self.shrinkage(law, value, self.step, index, self.num_steps)
-        return restrict(law, codes)
+        return restrict(law, shrinkage(law, value, self.step, index, self.num_steps))
 
 
 def _check_leading(of_data: torch.Size, of_atoms: torch.Size) -> None:

@@ -84,7 +84,7 @@ def test_any_programs_encoder_gives_the_codes_of_unrolled_fista(name: str) -> No
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["signs", "groups", "support"])
+@pytest.mark.parametrize("name", ["groups", "support"])
 def test_backtracking_ends_at_the_certified_codes(name: str) -> None:
     model, _, y = make(name)
     with torch.no_grad():
@@ -108,8 +108,16 @@ def test_what_is_masked_has_no_say(name: str) -> None:
     assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
 
 
-@priors
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, SparseELBO])
+@pytest.mark.parametrize(
+    ("name", "elbo"),
+    [
+        *((name, Trace_ELBO) for name in PRIORS),
+        ("one-sided groups", TraceMeanField_ELBO),
+        ("support", TraceMeanField_ELBO),
+        ("one-sided groups", SparseELBO),
+        ("neurons", SparseELBO),
+    ],
+)
 def test_the_loss_is_the_penalised_one_and_svi_lowers_it(name: str, elbo: Any) -> None:
     model, guide, y = make(name)
     codes = guide.encode(y).detach()
@@ -316,9 +324,11 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weights", DCEA)
-@pytest.mark.parametrize("decoder", ["linear", "deep"])
+@pytest.mark.parametrize(
+    ("decoder", "family"),
+    [("linear", "poisson"), ("linear", "binomial"), ("deep", "poisson"), ("deep", "gaussian")],
+)
 def test_the_relaxations_of_dcea_train_in_all_their_parameters(
     weights: str, decoder: str, family: str
 ) -> None:
@@ -343,7 +353,7 @@ def test_the_relaxations_of_dcea_train_in_all_their_parameters(
         name: p.detach().clone() for name, p in nn.ModuleList([model, guide]).named_parameters()
     }
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    losses = [svi.step(y) for _ in range(15)]
+    losses = [svi.step(y) for _ in range(10)]
     assert losses[-1] < losses[0]
     after = dict(nn.ModuleList([model, guide]).named_parameters())
     assert {name for name in after if torch.equal(before[name], after[name])} == set()

@@ -185,7 +185,16 @@ def test_the_gap_bounds_how_far_unfinished_codes_are_from_the_least(name):
     assert (first - least <= early.gap * first + 1e-12).all()
 
 
-@cases
+@pytest.mark.parametrize(
+    "name",
+    [
+        "signs",
+        "one-sided groups",
+        "known support",
+        "groups across atoms",
+        "known events of neurons",
+    ],
+)
 def test_many_tied_steps_equal_solve(name):
     given, dictionary, _, y, shape = problem(name)
     law = codes_prior(given.prior, None, shape, like=y)
