@@ -105,8 +105,8 @@ class HardThreshold(Shrinkage):
     r"""Keep codes above a level as they are, drop the others: :math:`z = u\, 1[|u| > \theta]`.
 
     The level is in code units; neither the prior nor the step size scales it (the prior's signs and
-    support an encoder keeps), and what is kept is not shrunk, so that the bias of a Laplace prior is absent from the codes. There is no gradient
-    by the level.
+    support an encoder keeps), and what is kept is not shrunk, so that the bias of a Laplace prior
+    is absent from the codes. There is no gradient by the level.
 
     Args:
         level: :math:`\theta \ge 0`: a number, or shape ``(atoms,)``.
@@ -151,8 +151,8 @@ class Bias(Shrinkage):
     r"""A free, learned bias: :math:`z = \mathrm{ReLU}(u - b_k)`, or soft shrinkage by it.
 
     The prior's rate and the step size have no say, as in the published networks (LISTA, CSCNet,
-    DCEA); signs and support that the prior allows an encoder keeps. A negative bias is allowed one-sided: it adds to codes, and a reading as inference under a
-    sparse prior is lost.
+    DCEA); signs and support that the prior allows an encoder keeps. A negative bias is allowed
+    one-sided: it adds to codes, and a reading as inference under a sparse prior is lost.
 
     Args:
         init: Starting value in code units: a number, or shape ``(atoms,)``.
