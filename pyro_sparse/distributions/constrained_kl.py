@@ -98,7 +98,7 @@ def _kl_known_known(q: KnownSupport, p: KnownSupport) -> Tensor:
             f"Expected a guide with the support of the prior, got another for {int(differ.sum())} "
             f"of {differ.numel()} codes: the divergence is infinite. Hand the same active to both."
         )
-    terms = kl_divergence(q.base, p.base)
+    terms = kl_divergence(q.base_law, p.base_law)
     return torch.where(q.active, terms, torch.zeros_like(terms))
 
 

@@ -211,7 +211,8 @@ class GroupLaplace(TorchDistribution):
                 raise ValueError(
                     f"Expected one step for all codes of a group, of shape {self.group}, got steps "
                     f"of shape {tuple(step.shape)}. Where a group runs over atoms their thresholds "
-                    "cannot be learned apart: pass shrinkage=Proximal()."
+                    "cannot be learned apart: pass shrinkage=Proximal() (AutoUnrolled: "
+                    "learn_thresholds=False)."
                 )
         return self._with_ones(step)
 

@@ -133,7 +133,7 @@ def with_atom(prior: Distribution) -> str:
         'SpikeAndSlab(Laplace(...), probs=...)'
     """
     if isinstance(prior, KnownSupport):
-        name = type(prior.base).__name__
+        name = type(prior.base_law).__name__
         return f"SpikeAndSlab({name}(...), probs=torch.where(active, ..., 0.0))"
     slab = prior.slab if isinstance(prior, RelaxedSpikeAndSlab) else prior
     return f"SpikeAndSlab({type(slab).__name__}(...), probs=...)"

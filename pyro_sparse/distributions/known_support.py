@@ -92,6 +92,9 @@ class KnownSupport(TorchDistribution):
         tensor([2., 0.])
     """
 
+    # Not ``base``: an ELBO may compare the bases of two laws in place of the laws.
+    base_law: Any
+    active: Tensor
     arg_constraints: dict[str, constraints.Constraint] = {}
     has_fixed_zeros = True
 
@@ -111,35 +114,35 @@ class KnownSupport(TorchDistribution):
             )
         active = _as_mask(active)
         shape = common_shape(base=base.batch_shape, active=active.shape)
-        self.base = base if base.batch_shape == shape else base.expand(shape)
+        self.base_law = base if base.batch_shape == shape else base.expand(shape)
         self.active = active.expand(shape)
         super().__init__(shape, base.event_shape, validate_args=validate_args)
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
         """Whether the base law has a pathwise draw."""
-        return bool(self.base.has_rsample)
+        return bool(self.base_law.has_rsample)
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
         """The base law's on the known support, zero outside; without a bijection."""
-        support: Any = self.base.support
+        support: Any = self.base_law.support
         return ZeroOutside(support, self.active)
 
     @property
     def mode(self) -> Tensor:
         """Mode of the base law, zero outside."""
-        return self.masked(self.base.mode)
+        return self.masked(self.base_law.mode)
 
     @property
     def mean(self) -> Tensor:
         """Mean of the base law, zero outside."""
-        return self.masked(self.base.mean)
+        return self.masked(self.base_law.mean)
 
     @property
     def variance(self) -> Tensor:
         """Variance of the base law, zero outside."""
-        return self.masked(self.base.variance)
+        return self.masked(self.base_law.variance)
 
     def masked(self, values: Tensor) -> Tensor:
         """Values with zeros outside of the support."""
@@ -154,7 +157,10 @@ class KnownSupport(TorchDistribution):
         """The same law with another batch shape."""
         new = self._get_checked_instance(KnownSupport, _instance)
         batch_shape = torch.Size(batch_shape)
-        new.base, new.active = self.base.expand(batch_shape), self.active.expand(batch_shape)
+        new.base_law, new.active = (
+            self.base_law.expand(batch_shape),
+            self.active.expand(batch_shape),
+        )
         super(KnownSupport, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -163,13 +169,13 @@ class KnownSupport(TorchDistribution):
         """Log-density where active, 0 at zero outside, minus infinity elsewhere."""
         if self._validate_args:
             self._validate_sample(value)
-        inside = self.base.log_prob(torch.where(self.each, value, inner_value(self.base)))
+        inside = self.base_law.log_prob(torch.where(self.each, value, inner_value(self.base_law)))
         return torch.where(self.active, inside, self._outside(value))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws, detached, with exact zeros outside."""
         with torch.no_grad():
-            return self.masked(self.base.sample(torch.Size(sample_shape)))
+            return self.masked(self.base_law.sample(torch.Size(sample_shape)))
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws with the pathwise gradient of the base law, and exact zeros outside.
@@ -177,11 +183,11 @@ class KnownSupport(TorchDistribution):
         Raises:
             NotImplementedError: If the base law has no pathwise draw.
         """
-        return self.masked(self.base.rsample(torch.Size(sample_shape)))
+        return self.masked(self.base_law.rsample(torch.Size(sample_shape)))
 
     def entropy(self) -> Tensor:
         """Entropy in nats: of the base law, zero outside."""
-        entropy = self.base.entropy()
+        entropy = self.base_law.entropy()
         return torch.where(self.active, entropy, torch.zeros_like(entropy))
 
     def _outside(self, value: Tensor) -> Tensor:
@@ -205,23 +211,23 @@ def _as_mask(active: object) -> Tensor:
 
 @penalty.register(KnownSupport)
 def _(prior: KnownSupport, value: Tensor) -> Tensor:
-    inside = penalty(prior.base, torch.where(prior.each, value, inner_value(prior.base)))
+    inside = penalty(prior.base_law, torch.where(prior.each, value, inner_value(prior.base_law)))
     return torch.where(prior.active, inside, -prior._outside(value))
 
 
 @register_prox(KnownSupport)
 def _(prior: KnownSupport, value: Tensor, step: Tensor | float) -> Tensor:
-    return prior.masked(prox(prior.base, prior.masked(value), step))
+    return prior.masked(prox(prior.base_law, prior.masked(value), step))
 
 
 @restrict.register(KnownSupport)
 def _(prior: KnownSupport, codes: Tensor) -> Tensor:
-    return prior.masked(restrict(prior.base, codes))
+    return prior.masked(restrict(prior.base_law, codes))
 
 
 @register_conjugate(KnownSupport)
 def _(prior: KnownSupport) -> Conjugate:
-    found, each = conjugate(prior.base), prior.each
+    found, each = conjugate(prior.base_law), prior.each
     gauge = found.gauge
     return Conjugate(
         torch.where(each, found.lower, -torch.inf),
@@ -233,7 +239,7 @@ def _(prior: KnownSupport) -> Conjugate:
 
 @register_rate_statistic(KnownSupport)
 def _(prior: KnownSupport, codes: Tensor) -> RateStatistic:
-    found = rate_statistic(prior.base, codes)
+    found = rate_statistic(prior.base_law, codes)
     power = torch.as_tensor(found.power, dtype=codes.dtype, device=codes.device)
     return RateStatistic(
         found.rate,

@@ -290,7 +290,7 @@ def _register_all() -> None:
     register_savable(
         KnownSupport,
         name=place + "KnownSupport",
-        arguments=listed("base", "active"),
+        arguments=lambda law: {"base": law.base_law, "active": law.active},
         build=_known_support,
     )
     for gated, more in ((SpikeAndSlab, ()), (RelaxedSpikeAndSlab, ("temperature",))):

@@ -374,3 +374,13 @@ def test_group_shrinkage_across_channels_is_a_configuration() -> None:
     assert history[-1] < history[0]
     codes = guide.encode(y)
     assert (codes >= 0).all() and (codes[:, :, ~active[0]] == 0).all() and (codes > 0).any()
+
+
+def test_thresholds_of_any_program_cannot_be_learned_apart_within_a_group() -> None:
+    model, _, y = make("groups of atoms")
+    with pytest.raises(
+        ValueError, match="one step for all codes of a group.*learn_thresholds=False"
+    ):
+        AutoUnrolled(model, learn_thresholds=True)(y)
+    model, _, y = make("neurons")
+    assert AutoUnrolled(model, learn_thresholds=True)(y)["codes"].shape == (5, 3, 8, 4)
