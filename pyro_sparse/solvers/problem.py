@@ -109,10 +109,7 @@ class Problem:
         score = self.score(self.synthesis.forward(codes))
         slope = self.synthesis.adjoint(score)
         bounds = conjugate(self.law)
-        one = torch.ones_like(slope)
-        shrink = torch.where(slope > bounds.upper, bounds.upper / slope, one)
-        shrink = torch.where(slope < bounds.lower, bounds.lower / slope, shrink)
-        shrink = shrink.flatten(-self.code_dims).amin(-1)  # one for each datum
+        shrink = bounds.feasible(slope).flatten(-self.code_dims).amin(-1)  # one for each datum
         in_codes = shrink.reshape(*shrink.shape, *[1] * self.code_dims)
         in_signal = shrink.reshape(*shrink.shape, *[1] * (self.y.dim() - shrink.dim()))
         penalties = bounds.value(in_codes * slope).flatten(-self.code_dims).sum(-1)

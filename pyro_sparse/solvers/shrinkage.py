@@ -18,7 +18,13 @@ class Shrinkage(nn.Module):
     r"""Declares the last part of a layer: from the value of a gradient step to codes.
 
     A user's own is a module with this ``forward``. It runs at every layer and checks nothing.
+
+    Attributes:
+        keeps_support: Whether codes have by themselves the signs and the support that the prior
+            allows. Of others the encoder makes zeros where there may be none.
     """
+
+    keeps_support: bool = False
 
     def forward(self, law: Law, value: Tensor, step: Tensor, layer: int, num_layers: int) -> Tensor:
         """Codes of a layer.
@@ -72,6 +78,8 @@ class Proximal(Shrinkage):
         tensor([ 2.5000,  0.5000, -1.5000])
     """
 
+    keeps_support = True
+
     def __init__(self, num_atoms: int | None = None, *, decay: float = 1.0) -> None:
         super().__init__()
         _check_decay(decay)
@@ -96,9 +104,9 @@ class Proximal(Shrinkage):
 class HardThreshold(Shrinkage):
     r"""Keep codes above a level as they are, drop the others: :math:`z = u\, 1[|u| > \theta]`.
 
-    The level is in code units; neither the prior nor the step size scales it, and what is kept is
-    not shrunk, so that the bias of a Laplace prior is absent from the codes. There is no gradient
-    by the level.
+    The level is in code units; neither the prior nor the step size scales it (the prior's signs and
+    support an encoder keeps), and what is kept is not shrunk, so that the bias of a Laplace prior
+    is absent from the codes. There is no gradient by the level.
 
     Args:
         level: :math:`\theta \ge 0`: a number, or shape ``(atoms,)``.
@@ -142,9 +150,9 @@ class HardThreshold(Shrinkage):
 class Bias(Shrinkage):
     r"""A free, learned bias: :math:`z = \mathrm{ReLU}(u - b_k)`, or soft shrinkage by it.
 
-    The prior and the step size have no say, as in the published networks (LISTA, CSCNet, DCEA). A
-    negative bias is allowed one-sided: it adds to codes, and a reading as inference under a
-    sparse prior is lost.
+    The prior's rate and the step size have no say, as in the published networks (LISTA, CSCNet,
+    DCEA); signs and support that the prior allows an encoder keeps. A negative bias is allowed
+    one-sided: it adds to codes, and a reading as inference under a sparse prior is lost.
 
     Args:
         init: Starting value in code units: a number, or shape ``(atoms,)``.
@@ -230,6 +238,7 @@ class TopK(Shrinkage):
             raise TypeError(f"Expected inner to be a Shrinkage, such as Proximal(), got {inner!r}.")
         check_sizes(num_active=num_active, every=every)
         self.inner = inner
+        self.keeps_support = inner.keeps_support
         self.num_active = num_active
         self.every = every
 
