@@ -111,7 +111,7 @@ def shallow(steps: int, seed: int) -> dict[str, Any]:
 
 
 TAPS, SAMPLES, TRIALS, GROUPS, EVENTS = 50, 500, 30, 300, 2
-BASELINE, AMPLITUDE, START, DEPTH = -1.0, 8.0, 0.4, 100
+BASELINE, AMPLITUDE, START, DEPTH = -1.0, 16.0, 0.4, 100
 METHODS = ("tied", "untied", "Gaussian")
 """``tied``, ``untied``: the binomial model; ``Gaussian``: tied, of the counts less their mean."""
 
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("part", choices=("shallow", "binomial"))
     parser.add_argument("--steps", type=int, default=600, help="of gradient descent (shallow)")
     parser.add_argument("--epochs", type=int, default=6, help="(binomial)")
-    parser.add_argument("--multiples", type=float, nargs="+", default=(1.0, 2.0))
+    parser.add_argument("--multiples", type=float, nargs="+", default=(1.0, 2.0, 4.0))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
