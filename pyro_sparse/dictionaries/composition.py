@@ -49,6 +49,12 @@ class CompositionMap(LinearMap):
         """Measurement to the shape of codes."""
         return self.inner.adjoint(self.operator.adjoint(signal))
 
+    def at(self, active: Tensor) -> CompositionMap:
+        """The operator after the inner map on some codes."""
+        return CompositionMap(
+            self.operator, self.inner.at(active), self.operator_norm, self.dtype
+        )
+
     def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
         """Product of the operator's and the dictionary's bounds."""
         inner = self.inner.squared_norm()

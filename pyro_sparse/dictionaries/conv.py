@@ -51,20 +51,34 @@ class ConvMap(LinearMap):
         """``(..., atoms, *positions)`` to ``(..., channels, *lengths)``."""
         dims = len(self.kernel)
         batch = codes.shape[: -dims - 1]
-        signal = overlap_add(codes.reshape(-1, *codes.shape[-dims - 1 :]), self.atoms, self.stride)
-        for dim, kernel, stride in self._axes():
-            signal = self.boundary.to_signal(signal, dim, kernel, stride)
-        return signal.reshape(*batch, *signal.shape[1:])  # (..., channels, *lengths)
+        canvas = overlap_add(codes.reshape(-1, *codes.shape[-dims - 1 :]), self.atoms, self.stride)
+        return self.to_signal(canvas, batch)
 
     def adjoint(self, signal: Tensor) -> Tensor:
         """``(..., channels, *lengths)`` to ``(..., atoms, *positions)``."""
-        dims = len(self.kernel)
-        batch = signal.shape[: -dims - 1]
-        canvas = signal.reshape(-1, *signal.shape[-dims - 1 :])
+        batch = signal.shape[: -len(self.kernel) - 1]
+        codes = correlate(self.to_canvas(signal), self.atoms, self.stride)
+        return codes.reshape(*batch, *codes.shape[1:])  # (..., atoms, *positions)
+
+    def to_signal(self, canvas: Tensor, batch: torch.Size) -> Tensor:
+        """A canvas with all its atoms, one leading dimension, to ``(*batch, channels, *lengths)``."""
+        for dim, kernel, stride in self._axes():
+            canvas = self.boundary.to_signal(canvas, dim, kernel, stride)
+        return canvas.reshape(*batch, *canvas.shape[1:])
+
+    def to_canvas(self, signal: Tensor) -> Tensor:
+        """Adjoint of ``to_signal``: ``(..., channels, *lengths)`` to one leading dimension."""
+        canvas = signal.reshape(-1, *signal.shape[-len(self.kernel) - 1 :])
         for dim, kernel, stride in self._axes():
             canvas = self.boundary.to_canvas(canvas, dim, kernel, stride)
-        codes = correlate(canvas, self.atoms, self.stride)
-        return codes.reshape(*batch, *codes.shape[1:])  # (..., atoms, *positions)
+        return canvas
+
+    def at(self, active: Tensor) -> LinearMap:
+        """The map on some codes: where they are few, one atom is laid for each."""
+        # A sample of an atom that is laid costs about as much as a code, active or not, in
+        # `forward`: a few nanoseconds. Within this bound no more memory is taken either.
+        few = int(active.sum()) * self.atoms[0].numel() <= active.numel()
+        return _LaidAtoms(self, active) if few else super().at(active)
 
     def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
         r"""Supremum of the symbol over all frequencies, from above, for a signal of any length.
@@ -154,6 +168,40 @@ class ConvMap(LinearMap):
     def _axes(self) -> list[tuple[int, int, int]]:
         dims = len(self.kernel)
         return [(d - dims, self.kernel[d], self.stride[d]) for d in range(dims)]
+
+
+class _LaidAtoms(LinearMap):
+    """A convolutional map on few codes: the samples that each one's atom meets, by their index."""
+
+    def __init__(self, inner: ConvMap, active: Tensor) -> None:
+        self.inner = inner
+        dims = len(inner.kernel)
+        self.batch = active.shape[: -dims - 1]
+        place = active.reshape(-1, *active.shape[-dims - 1 :]).nonzero()  # (codes, 2 + dims)
+        lengths = [
+            (positions - 1) * stride + kernel
+            for positions, stride, kernel in zip(active.shape[-dims:], inner.stride, inner.kernel)
+        ]
+        channels = inner.atoms.shape[1]
+        self.canvas = (self.batch.numel(), channels, *lengths)
+        steps = [math.prod(lengths[d + 1 :]) for d in range(dims)]
+        first = place[:, 0] * channels * math.prod(lengths)
+        offset = torch.arange(channels, device=active.device) * math.prod(lengths)
+        for d, (stride, kernel) in enumerate(zip(inner.stride, inner.kernel)):
+            first = first + place[:, 2 + d] * stride * steps[d]
+            within = torch.arange(kernel, device=active.device) * steps[d]
+            offset = offset[..., None] + within
+        self.met = (first[:, None] + offset.flatten()).flatten()  # (codes * samples of an atom,)
+        self.atoms = inner.atoms.flatten(1)[place[:, 1]]  # (codes, samples of an atom)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        laid = (codes[:, None] * self.atoms).flatten()
+        canvas = laid.new_zeros(math.prod(self.canvas)).index_add(0, self.met, laid)
+        return self.inner.to_signal(canvas.reshape(self.canvas), self.batch)
+
+    def adjoint(self, signal: Tensor) -> Tensor:
+        met = self.inner.to_canvas(signal).flatten()[self.met]
+        return (met.reshape(self.atoms.shape) * self.atoms).sum(1)
 
 
 class Conv(Dictionary):

@@ -13,13 +13,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_sparse.dictionaries.base import check_sizes
 from pyro_sparse.solvers.methods import State
+
+
+class Curvature(NamedTuple):
+    """Curvature of the data term times the step, on a vector of the values of the active codes.
+
+    Attributes:
+        at_active: The product at the active codes.
+        at_all: The product at all codes, in their shape.
+    """
+
+    at_active: Callable[[Tensor], Tensor]
+    at_all: Callable[[Tensor], Tensor]
 
 
 class Layers(Protocol):
@@ -39,6 +51,10 @@ class Layers(Protocol):
 
     def ascend(self, point: Tensor) -> Tensor:
         """The gradient step of the last layer, from any codes."""
+        ...
+
+    def curvature(self, point: Tensor, active: Tensor) -> Curvature:
+        """That of ``ascend``, as ``I`` less its derivative: at codes, along the active ones."""
         ...
 
     def shrink(self, value: Tensor) -> Tensor:
@@ -146,41 +162,39 @@ class Implicit(Gradient):
             fixed = _run(layers, layers.start(), 0, layers.num_steps)
         if not torch.is_grad_enabled():
             return fixed
-        codes = layers.shrink(layers.ascend(fixed))
+        value = layers.ascend(fixed)
+        codes = layers.shrink(value)
         if codes.requires_grad:
-            codes.register_hook(lambda given: self._solved(layers, fixed, given))
+            codes.register_hook(lambda given: self._solved(layers, fixed, value.detach(), given))
         return codes
 
-    def _solved(self, layers: Layers, fixed: Tensor, given: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _solved(self, layers: Layers, fixed: Tensor, value: Tensor, given: Tensor) -> Tensor:
         """What to pull back through one layer, for a gradient by the codes."""
-        with torch.enable_grad():
-            point = fixed.detach().requires_grad_()
-            ascended = layers.ascend(point)
-            value = ascended.detach().requires_grad_()
-            slope = _slope(layers.shrink(value), value)
-
-        def less_curvature(u: Tensor) -> Tensor:  # u - s H u
-            (pulled,) = torch.autograd.grad(ascended, point, u, retain_graph=True)
-            return pulled
-
+        slope = _slope(layers.shrink, value)
         active = slope > 0
-        inverse = torch.where(active, 1 / torch.where(active, slope, torch.ones_like(slope)), 0)
+        curvature = layers.curvature(fixed, active)
+        extra = 1 / slope[active] - 1
+        per_datum = active.shape[active.dim() - layers.code_dims :].numel()
+        datum = active.flatten().nonzero()[:, 0] // per_datum
 
         def system(u: Tensor) -> Tensor:
-            return torch.where(active, inverse * u - less_curvature(u), torch.zeros_like(u))
+            return extra * u + curvature.at_active(u)
 
-        rhs = torch.where(active, given, torch.zeros_like(given))
-        solution = self._conjugate_gradients(system, rhs, layers.code_dims)
-        return given + less_curvature(solution)
+        solution = self._conjugate_gradients(
+            system, given[active], datum, active.numel() // per_datum
+        )
+        pulled = given - curvature.at_all(solution)
+        pulled[active] += solution
+        return pulled
 
     def _conjugate_gradients(
-        self, system: Callable[[Tensor], Tensor], rhs: Tensor, code_dims: int
+        self, system: Callable[[Tensor], Tensor], rhs: Tensor, datum: Tensor, num_data: int
     ) -> Tensor:
         """Solve for every datum; one that is done, or whose curvature vanishes, stays."""
-        dims = tuple(range(-code_dims, 0))
 
         def dot(left: Tensor, right: Tensor) -> Tensor:
-            return (left * right).sum(dims, keepdim=True)
+            return rhs.new_zeros(num_data).index_add(0, datum, left * right)
 
         solution, residual, direction = torch.zeros_like(rhs), rhs, rhs
         now = dot(residual, residual)
@@ -192,12 +206,12 @@ class Implicit(Gradient):
             image = system(direction)
             bend = dot(direction, image)
             going = going & (bend > 0)
-            length = torch.where(going, now / torch.where(going, bend, 1), 0)
+            length = torch.where(going, now / torch.where(going, bend, 1), 0)[datum]
             solution = solution + length * direction
             residual = residual - length * image
             following = dot(residual, residual)
             turn = torch.where(going, following / torch.where(going, now, 1), 0)
-            direction = residual + turn * direction
+            direction = residual + turn[datum] * direction
             now = torch.where(going, following, torch.zeros_like(now))
         return solution
 
@@ -250,8 +264,11 @@ def _run(layers: Layers, state: State, first: int, until: int) -> Tensor:
     return codes
 
 
-def _slope(codes: Tensor, value: Tensor) -> Tensor:
+def _slope(shrink: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     """Derivative of a shrinkage that acts by element; a random vector proves that it does."""
+    value = value.detach().requires_grad_()
+    with torch.enable_grad():
+        codes = shrink(value)
     (slope,) = torch.autograd.grad(codes, value, torch.ones_like(codes), retain_graph=True)
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand(codes.shape, generator=generator, dtype=torch.float64).to(codes) + 0.5
