@@ -82,17 +82,19 @@ class LinearMap:
         """Adjoint of ``forward``: correlation of a signal with each atom, in the shape of codes."""
         raise NotImplementedError
 
-    def at(self, active: Tensor) -> LinearMap:
+    def at(self, index: Tensor, shape: torch.Size) -> LinearMap:
         """The map on some codes alone: from their values to the predictor, and back to them.
 
         Args:
-            active: True at those codes, shape ``(..., *code_shape)``.
+            index: Which ones, as positions in flattened codes, ascending; shape ``(n,)``.
+            shape: Shape ``(..., *code_shape)`` of all codes.
 
         Returns:
-            A map whose codes are one vector, ``codes[active]``, and whose ``adjoint`` gives that of
-            this map there. With few codes a concrete map may save most of its arithmetic.
+            A map whose codes are the vector ``codes.flatten()[index]``, the others being zero, and
+            whose ``adjoint`` gives that of this map there. Of few codes a concrete map may save
+            most of the arithmetic.
         """
-        return _Placed(self, active)
+        return _Placed(self, index, shape)
 
     def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
         """Upper bound of the squared spectral norm, detached; see ``Dictionary.squared_norm``."""
@@ -121,19 +123,19 @@ def _primitive(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tenso
 
 
 class _Placed(LinearMap):
-    """Any map on some codes: the others are zero."""
+    """Any map on some codes: they are placed among zeros."""
 
-    def __init__(self, inner: LinearMap, active: Tensor) -> None:
+    def __init__(self, inner: LinearMap, index: Tensor, shape: torch.Size) -> None:
         self.inner = inner
-        self.shape = active.shape
-        self.index = active.flatten().nonzero()[:, 0]
+        self.index = index
+        self.shape = shape
 
     def forward(self, codes: Tensor) -> Tensor:
-        all_codes = codes.new_zeros(self.shape.numel()).index_copy(0, self.index, codes)
-        return self.inner.forward(all_codes.reshape(self.shape))
+        placed = codes.new_zeros(self.shape.numel()).index_copy(0, self.index, codes)
+        return self.inner.forward(placed.reshape(self.shape))
 
     def adjoint(self, signal: Tensor) -> Tensor:
-        return self.inner.adjoint(signal).flatten()[self.index]
+        return self.inner.adjoint(signal).flatten().index_select(0, self.index)
 
 
 class Dictionary(nn.Module):

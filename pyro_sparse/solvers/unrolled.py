@@ -187,17 +187,17 @@ class _Layers:
     def ascend(self, point: Tensor) -> Tensor:
         return self.problem.ascend(point, self.step)
 
-    def curvature(self, point: Tensor, active: Tensor) -> Curvature:
-        bend, step = self.problem.bend(point), self.step.expand(active.shape)
-        few = self.problem.synthesis.at(active)
-        stretch = step[active]
+    def curvature(self, point: Tensor, index: Tensor) -> Curvature:
+        synthesis, bend = self.problem.synthesis, self.problem.bend(point)
+        few = synthesis.at(index, point.shape)
+        step = self.step.expand(point.shape).take(index)
 
         def image(values: Tensor) -> Tensor:
-            return bend(few.forward(stretch * values))
+            return bend(few.forward(step * values))
 
         return Curvature(
             at_active=lambda values: few.adjoint(image(values)),
-            at_all=lambda values: self.problem.synthesis.adjoint(image(values)),
+            at_all=lambda values: synthesis.adjoint(image(values)),
         )
 
     def shrink(self, value: Tensor) -> Tensor:
