@@ -61,13 +61,13 @@ class ConvMap(LinearMap):
         return codes.reshape(*batch, *codes.shape[1:])  # (..., atoms, *positions)
 
     def to_signal(self, canvas: Tensor, batch: torch.Size) -> Tensor:
-        """A canvas with all its atoms, one leading dimension, to ``(*batch, channels, *lengths)``."""
+        """``(n, channels, *canvas_lengths)`` to ``(*batch, channels, *lengths)``."""
         for dim, kernel, stride in self._axes():
             canvas = self.boundary.to_signal(canvas, dim, kernel, stride)
         return canvas.reshape(*batch, *canvas.shape[1:])
 
     def to_canvas(self, signal: Tensor) -> Tensor:
-        """Adjoint of ``to_signal``: ``(..., channels, *lengths)`` to one leading dimension."""
+        """``(..., channels, *lengths)`` to ``(n, channels, *canvas_lengths)``: its adjoint."""
         canvas = signal.reshape(-1, *signal.shape[-len(self.kernel) - 1 :])
         for dim, kernel, stride in self._axes():
             canvas = self.boundary.to_canvas(canvas, dim, kernel, stride)

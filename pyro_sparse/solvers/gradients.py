@@ -127,9 +127,10 @@ class Implicit(Gradient):
 
     .. math:: (\mathrm{diag}(1 / p) - I + s H)\, u = g
 
-    on the active codes, symmetric and positive: conjugate gradients, one layer's backward pass
-    each, for each datum until its residual is small. How near this comes to the gradient of a deep
-    network is a matter of how converged the codes are; of a shallow one it is no gradient at all.
+    on the active codes, symmetric and positive: conjugate gradients on their values alone, for each
+    datum until its residual is small. Where few codes are active, a step takes a fraction of a
+    layer's time (``LinearMap.at``). How near this comes to the gradient of a deep network is a
+    matter of how converged the codes are; of a shallow one it is no gradient at all.
 
     Args:
         tol: Residual to reach, relative to the right-hand side, of every datum.
@@ -172,7 +173,7 @@ class Implicit(Gradient):
     def _solved(self, layers: Layers, fixed: Tensor, value: Tensor, given: Tensor) -> Tensor:
         """What to pull back through one layer, for a gradient by the codes."""
         slope = _slope(layers.shrink, value).flatten()
-        index = slope.nonzero()[:, 0]
+        index = (slope > 0).nonzero()[:, 0]
         curvature = layers.curvature(fixed, index)
         extra = 1 / slope.index_select(0, index) - 1
 
