@@ -122,7 +122,7 @@ def drawn_dense():
 def test_few_active_codes_have_the_gradient_that_all_would_give(problem, monkeypatch):
     torch.manual_seed(0)
     dictionary, y, law = FEW_CODES[problem]()
-    net = Unrolled(dictionary, Gaussian(ONE), num_steps=3000, method=FISTA(restart=True))
+    net = Unrolled(dictionary, Gaussian(ONE), num_steps=600, method=FISTA(restart=True))
     few, codes = gradients(net, y, law, Implicit(tol=1e-12))
     assert 0 < (codes != 0).double().mean() < 0.12
     for kind in (ConvMap, CompositionMap):
