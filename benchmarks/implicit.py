@@ -1,6 +1,6 @@
 """The implicit gradient of an unrolled encoder beside back-propagation through its layers.
 
-    python -m benchmarks.implicit [--rounds N] [--json FILE]
+    python -m benchmarks.implicit [--rounds N] [--levels L ...] [--depths T ...] [--json FILE]
 
 A convolutional dictionary of 64 atoms of 7x7, stride 1, and one crop of 128x128 of matplotlib's
 photograph with noise of standard deviation 20/255, less what a Gaussian blur keeps of it. The loss
@@ -14,7 +14,6 @@ The implicit gradient's tolerance is 1e-3, which costs 1e-4 of the cosine with t
   former includes one more layer and the decoder. Seconds are processor time of one thread, medians
   of rounds in which the three take turns; ratios are taken round by round.
 * ``held MB``: distinct memory that autograd keeps for the backward pass of the codes.
-  ``peak_MB``, of the deepest net: what a fresh process needs at most, libraries included.
 * ``cosine``: of gradients with respect to the atoms: with back-propagation through the same layers
   (``same_depth``), and with the gradient at codes of 1000 layers with restarts (``converged``),
   which a deep net's comes near, as the tests of the library show to 1e-4.
@@ -23,10 +22,7 @@ The implicit gradient's tolerance is 1e-3, which costs 1e-4 of the cosine with t
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -106,25 +102,6 @@ def held(net: Unrolled, y: Tensor, law: Law, gradient: Gradient) -> float:
     return sum(size for size, _ in kept.values()) / 1e6
 
 
-def peak(depth: int, level: float, name: str) -> float:
-    """MB of memory that a fresh process needs at most."""
-    command = [sys.executable, "-m", "benchmarks.implicit", "--peak", name]
-    command += ["--depth", str(depth), "--level", str(level)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout)
-
-
-def print_peak(depth: int, level: float, name: str) -> None:
-    dictionary, y, law = problem(level)
-    net = encoder(dictionary, depth)
-    if name == "forward":
-        forward(net, y, law)
-    else:
-        by_atoms(net, y, law, GRADIENTS[name])
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e6)
-
-
 def cosine(left: Tensor, right: Tensor) -> float:
     left, right = left.double(), right.double()
     return float(left @ right / (left.norm() * right.norm()))
@@ -169,29 +146,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--level", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--levels", type=float, nargs="+", default=LEVELS)
+    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.peak:
-        return print_peak(options.depth, options.level, options.peak)
     start = time.perf_counter()
     rows: dict[str, Any] = {}
-    for level in LEVELS:
+    for level in options.levels:
         dictionary, y, law = problem(level)
         deep = encoder(dictionary, 1000, restart=True)
         converged = by_atoms(deep, y, law, Implicit(tol=1e-6, max_steps=300))
-        for depth in DEPTHS:
+        for depth in options.depths:
             name = f"level {level:g}, {depth} layers"
             rows[name] = compare(depth, level, options.rounds, converged)
             print(name, rows[name], flush=True)
-    level, depth = LEVELS[0], DEPTHS[-1]
-    peaks = {name: round(peak(depth, level, name), 1) for name in ("forward", *GRADIENTS)}
-    print("peak MB", peaks)
     if options.json:
-        command = f"python -m benchmarks.implicit --rounds {options.rounds} --json FILE"
-        common.write(options.json, common.record(command, 0, start, settings=rows, peak_MB=peaks))
+        levels, depths = (" ".join(f"{n:g}" for n in v) for v in (options.levels, options.depths))
+        command = f"python -m benchmarks.implicit --rounds {options.rounds} --levels {levels}"
+        command += f" --depths {depths} --json FILE"
+        common.write(options.json, common.record(command, 0, start, settings=rows))
 
 
 if __name__ == "__main__":
