@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +88,22 @@ class Problem:
         predictor = torch.zeros_like(self.y) if point is None else self.synthesis.forward(point)
         ascent = step * self.analysis.adjoint(self.score(predictor))
         return ascent if point is None else point + ascent
+
+    def bend(self, point: Tensor) -> Callable[[Tensor], Tensor]:
+        """Minus the derivative of the score by the predictor, along a direction of the latter.
+
+        Args:
+            point: The codes whose predictor it is taken at.
+        """
+        predictor = self.synthesis.forward(point).detach().requires_grad_()
+        with torch.enable_grad():
+            score = self.score(predictor)
+
+        def along(direction: Tensor) -> Tensor:
+            (change,) = torch.autograd.grad(score, predictor, direction, retain_graph=True)
+            return -change
+
+        return along
 
     def proximal_step(self, point: Tensor | None, step: Tensor) -> Tensor:
         """One proximal-gradient step, from ``point`` (None for zero)."""

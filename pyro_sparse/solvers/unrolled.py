@@ -12,7 +12,7 @@ from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Law, restrict
 from pyro_sparse.likelihoods import Likelihood, check_mask
 from pyro_sparse.ops import check_tensor
-from pyro_sparse.solvers.gradients import current_gradient
+from pyro_sparse.solvers.gradients import Curvature, current_gradient
 from pyro_sparse.solvers.methods import FISTA, Method, State
 from pyro_sparse.solvers.problem import Problem
 from pyro_sparse.solvers.shrinkage import Proximal, Shrinkage
@@ -186,6 +186,19 @@ class _Layers:
 
     def ascend(self, point: Tensor) -> Tensor:
         return self.problem.ascend(point, self.step)
+
+    def curvature(self, point: Tensor, index: Tensor) -> Curvature:
+        synthesis, bend = self.problem.synthesis, self.problem.bend(point)
+        few = synthesis.at(index, point.shape)
+        step = self.step.expand(point.shape).take(index)
+
+        def image(values: Tensor) -> Tensor:
+            return bend(few.forward(step * values))
+
+        return Curvature(
+            at_active=lambda values: few.adjoint(image(values)),
+            at_all=lambda values: synthesis.adjoint(image(values)),
+        )
 
     def shrink(self, value: Tensor) -> Tensor:
         return self._shrunk(value, self.num_steps - 1)
