@@ -83,6 +83,7 @@ def _shapes(dictionary: Dictionary, z: Tensor, y: Tensor) -> str:
     return f"codes {tuple(z.shape[2:])}, signal {tuple(y.shape[2:])}"
 
 
+@torch.no_grad()
 def _linear(dictionary: Dictionary, z: Tensor) -> str:
     first, second = z[0], z[1]
     got = dictionary(2 * first - 3 * second)
@@ -94,6 +95,7 @@ def _linear(dictionary: Dictionary, z: Tensor) -> str:
     return "within rounding"
 
 
+@torch.no_grad()
 def _adjoint(dictionary: Dictionary, z: Tensor, y: Tensor) -> str:
     left, right = (dictionary(z) * y).sum(), (z * dictionary.adjoint(y)).sum()
     size = dictionary(z).norm() * y.norm()

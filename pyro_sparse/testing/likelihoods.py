@@ -128,7 +128,7 @@ def _curvature(likelihood: Likelihood, at: Tensor) -> str:
     for value in points:
         x = torch.full_like(at, float(value)).requires_grad_()
         (second,) = torch.autograd.grad(likelihood.residual(x, y).sum(), x)
-        over = (-second - bound * (1 + _TOLERANCE)).max()
+        over = (-second.detach() - bound * (1 + _TOLERANCE)).max()
         if float(over) > _TOLERANCE:
             raise Failed(
                 f"Expected a bound of -d2 log p / d eta2 at every predictor; at {float(value):g} "
@@ -144,10 +144,11 @@ def _loss(likelihood: Likelihood, at: Tensor) -> str:
         loss = likelihood.loss(at, y), likelihood.loss(other, y)
     except NotImplementedError:
         raise NotAsked("None: solvers.solve needs it, nothing else does.") from None
-    if float(torch.stack(loss).min()) < -_TOLERANCE:
+    least = float(torch.stack(loss).detach().min())
+    if least < -_TOLERANCE:
         raise Failed(
-            f"Expected half the deviance, which is never negative, got "
-            f"{float(torch.stack(loss).min()):.3g}: subtract its smallest value over the predictor."
+            f"Expected half the deviance, which is never negative, got {least:.3g}: subtract its "
+            "smallest value over the predictor."
         )
     density = likelihood(other).log_prob(y) - likelihood(at).log_prob(y)
     _compare("loss", loss[0] - loss[1], density, "loss() differs from -log_prob by a constant")
@@ -162,8 +163,9 @@ def _dual(likelihood: Likelihood, at: Tensor) -> str:
         values = [loss(x, y) + score * x for x in (at, at.flip(0), torch.zeros_like(at))]
     except NotImplementedError:
         raise NotAsked("None: solvers.solve needs it for its certificate.") from None
-    over = float((bound - torch.stack(values).amin(0)).nan_to_num(neginf=0.0).max())
-    if over > _TOLERANCE * (1 + float(torch.stack(values).abs().max())):
+    seen = torch.stack(values).detach()
+    over = float((bound.detach() - seen.amin(0)).nan_to_num(neginf=0.0).max())
+    if over > _TOLERANCE * (1 + float(seen.abs().max())):
         raise Failed(
             f"Expected dual(score, y) <= loss(eta, y) + score * eta for every eta, exceeded by "
             f"{over:.3g}. Certificates of solve would be wrong."
@@ -206,6 +208,7 @@ def _placeholder(likelihood: Likelihood, at: Tensor) -> str:
 
 
 def _compare(name: str, got: Tensor, expected: Tensor, meaning: str) -> None:
+    got, expected = got.detach(), expected.detach()
     error = (got - expected).abs() / (1 + expected.abs())
     worst = int(error.argmax())
     if not float(error.max()) <= _TOLERANCE:  # nan fails too

@@ -143,7 +143,7 @@ class _Run:
             if not bool(torch.isfinite(site["log_prob_sum"])):
                 raise Failed(
                     f"Expected a finite log-density at site {name!r}, got "
-                    f"{float(site['log_prob_sum'])}. Scale the data, or look at the parameters."
+                    f"{float(site['log_prob_sum'].detach())}. Scale the data, or see the parameters."
                 )
         return f"latent {', '.join(latent) or 'none'}; observed {', '.join(observed)}"
 
@@ -172,7 +172,7 @@ class _Run:
         for name, site in once.items():
             if not site["cond_indep_stack"]:
                 continue
-            got = float(twice[name]["log_prob_sum"]) / float(site["log_prob_sum"])
+            got = float((twice[name]["log_prob_sum"] / site["log_prob_sum"]).detach())
             if not abs(got - 2) <= _TOLERANCE * 10:
                 raise Failed(
                     f"Expected site {name!r} to count twice with num_data = 2 n, got a factor of "
@@ -266,7 +266,7 @@ class _GuideRun(_Run):
     def objective(self) -> str:
         loss = self.loss()
         if not bool(torch.isfinite(loss)):
-            raise Failed(f"Expected a finite loss, got {float(loss)}. Scale the data?")
+            raise Failed(f"Expected a finite loss, got {float(loss.detach())}. Scale the data?")
         return f"{float(loss.detach()) / len(self.y):.4g} nats a datum"
 
     def apart(self) -> str:
