@@ -143,7 +143,7 @@ class _Run:
             if not bool(torch.isfinite(site["log_prob_sum"])):
                 raise Failed(
                     f"Expected a finite log-density at site {name!r}, got "
-                    f"{float(site['log_prob_sum'].detach())}. Scale the data, or see the parameters."
+                    f"{float(site['log_prob_sum'].detach())}. Scale the data?"
                 )
         return f"latent {', '.join(latent) or 'none'}; observed {', '.join(observed)}"
 
