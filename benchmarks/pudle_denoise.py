@@ -1,0 +1,3 @@
+def denoise(o): return {}
+def draw(f,a): pass
+def add_arguments(p): pass
