@@ -274,7 +274,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if name in ("dictionary", "decay"):
             part.add_argument("--steps", type=int, default=600 if name == "dictionary" else 1000)
         if name in ("support", "stability"):
-            part.add_argument("--data", type=int, default=1000 if name == "support" else 300)
+            part.add_argument("--data", type=int, default=400 if name == "support" else 300)
         if name == "decay":
             part.add_argument("--active", type=int, default=10)
             part.add_argument("--size", type=int, nargs=2, default=(1000, 1500))

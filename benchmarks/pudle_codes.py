@@ -48,7 +48,7 @@ def supports(options: argparse.Namespace) -> dict[str, Any]:
         add_row(by_active, row)
         add_row(sizes, other)
     return {
-        "distances of an atom": [round(distance * 50**0.5, 3) for distance in DISTANCES],
+        "distances of an atom": [away(usual, distance, options.seed) for distance in DISTANCES],
         "rates": RATES,
         "active": ACTIVE,
         "by rate, s = 5, 50 x 100": by_rate,
@@ -63,6 +63,12 @@ def support(problem: Planted, distance: float, rate: float, seed: int) -> tuple[
     with torch.no_grad():
         found = torch.cat([guide.encode(part) for part in problem.y.split(500)])
     return scores(found, problem.codes)
+
+
+def away(problem: Planted, distance: float, seed: int) -> float:
+    """Mean length of the difference of an atom to the true one."""
+    atoms = nearby(problem.atoms, distance, seed)
+    return round(float((atoms - problem.atoms).norm(dim=1).mean()), 3)
 
 
 def scores(found: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -94,7 +100,7 @@ def draw_supports(found: dict[str, Any], axes: list[Axes]) -> None:
         axis.set_xticks(range(len(found[across])), found[across])
         axis.set_yticks(range(len(distances)), distances)
         axis.set_xlabel("rate" if across == "rates" else "active codes of a datum")
-        axis.set_ylabel("distance of an atom to the true one, about")
+        axis.set_ylabel("distance of an atom to the true one")
         axis.set_title(f"F1 of the support {key}\n(share of data without an error)", fontsize=9)
 
 
