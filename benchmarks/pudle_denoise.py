@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from benchmarks import common
+from benchmarks.pudle_setting import OBJECTIVES
 from pyro_sparse import infer
 from pyro_sparse.dictionaries import Conv
 from pyro_sparse.guides import UnrolledFISTA
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
-from pyro_sparse.solvers import ISTA, BackPropagation, Detached, Proximal
+from pyro_sparse.solvers import ISTA, Proximal
 
 SIGMA, STEP, LAYERS, WINDOW = 25 / 255, 0.1, 15, 129
 HELD_OUT = 24
@@ -55,27 +56,16 @@ def noisy(clean: Tensor) -> Tensor:
     return clean + SIGMA * torch.randn_like(clean)
 
 
-class Penalised(nn.Module):
-    """The lasso with the clean picture as its target: an objective of one's own."""
+class SeesNoise(nn.Module):
+    """A guide of clean pictures that is shown noisy ones: the model scores what is clean."""
 
-    def __init__(self, model: SparseCoding, guide: UnrolledFISTA, rate: float) -> None:
+    def __init__(self, guide: UnrolledFISTA) -> None:
         super().__init__()
-        self.model, self.guide, self.rate = model, guide, rate
+        self.guide = guide
 
-    def forward(self, y: Tensor, num_data: int | None = None, mask: Tensor | None = None) -> Tensor:
-        codes = self.guide.encode(noisy(y))
-        error = (self.model.dictionary(codes) - y).square().sum() / 2
-        return (num_data or len(y)) / len(y) * (error + self.rate * codes.abs().sum())
-
-
-def objectives(rate: float) -> dict[str, Callable[..., nn.Module]]:
-    supervised = infer.Supervised(corrupt=noisy)
-    penalised = functools.partial(Penalised, rate=rate)
-    return {
-        "decoder": infer.Differentiated(supervised, Detached()),
-        "lasso": infer.Differentiated(penalised, BackPropagation()),
-        "least squares": infer.Differentiated(supervised, BackPropagation()),
-    }
+    def forward(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        codes: Tensor = self.guide(noisy(y), *args, **kwargs)
+        return codes
 
 
 class Windows(Dataset[Tensor]):
@@ -128,20 +118,17 @@ def mean(values: list[dict[str, float]]) -> dict[str, float]:
 class Watch(infer.Callback):
     """PSNR on photographs kept from training, along the way."""
 
-    def __init__(self, kept: tuple[Tensor, Tensor], every: int) -> None:
-        self.kept, self.every = kept, every
+    def __init__(self, score: Callable[[], dict[str, float]], every: int) -> None:
+        self.score, self.every = score, every
         self.psnr: dict[int, float] = {}
 
     def after_epoch(self, progress: infer.Progress) -> None:
         if progress.epoch % self.every == 0:
-            assert isinstance(progress.model, SparseCoding)
-            assert isinstance(progress.guide, UnrolledFISTA)
-            found = mean(scores(progress.model, progress.guide, *self.kept))
-            self.psnr[progress.step] = found["published"]
+            self.psnr[progress.step] = self.score()["published"]
 
 
 def train(
-    objective: Callable[..., nn.Module],
+    gradient: str,
     start: Tensor,
     pictures: list[Tensor],
     kept: tuple[Tensor, Tensor],
@@ -150,10 +137,11 @@ def train(
     learning_rate: float,
 ) -> tuple[SparseCoding, UnrolledFISTA, dict[str, Any]]:
     model, guide = programs(start, options.rate)
-    watch = Watch(kept, max(1, epochs // 8))
+    watch = Watch(lambda: mean(scores(model, guide, *kept)), max(1, epochs // 8))
     began = time.perf_counter()
     infer.fit(
-        model, guide, Windows(pictures), loss=objective, epochs=epochs, seed=options.seed,
+        model, SeesNoise(guide), Windows(pictures), loss=OBJECTIVES[gradient](), epochs=epochs,
+        seed=options.seed,
         optimizer=functools.partial(torch.optim.Adam, lr=learning_rate), batch_size=options.batch,
         schedule=functools.partial(
             torch.optim.lr_scheduler.ExponentialLR, gamma=0.1 ** (1 / epochs)
@@ -177,18 +165,19 @@ def denoise(options: argparse.Namespace) -> dict[str, Any]:
     kept = fixed_windows(held, 1)
     torch.manual_seed(options.seed)
     start = torch.randn(64, 1, 9, 9)
-    makers, rows, found = objectives(options.rate), {}, {}
-    chosen: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    found: dict[str, list[dict[str, float]]] = {}
+    chosen: dict[str, float] = {}
     if not options.evaluate:
         for learning_rate in LEARNING_RATES:
             model, guide, _ = train(
-                makers["decoder"], start, pictures, kept, options,
+                "decoder", start, pictures, kept, options,
                 max(1, options.epochs // 5), learning_rate,
             )  # fmt: skip
             chosen[str(learning_rate)] = mean(scores(model, guide, *kept))["published"]
             print("learning rate", learning_rate, chosen[str(learning_rate)], flush=True)
         best = float(max(chosen, key=chosen.__getitem__))
-    for name, maker in makers.items():
+    for name in OBJECTIVES:
         file = options.weights / f"pudle-denoise-{name.replace(' ', '-')}.safetensors"
         if options.evaluate:
             stored, settings = common.load_weights(file)
@@ -196,7 +185,7 @@ def denoise(options: argparse.Namespace) -> dict[str, Any]:
             rows[name] = {}
         else:
             model, guide, rows[name] = train(
-                maker, start, pictures, kept, options, options.epochs, best
+                name, start, pictures, kept, options, options.epochs, best
             )
             tensors = {"atoms": model.dictionary.atoms}
             common.save_weights(file, tensors, {"rate": options.rate, "gradient": name})
@@ -234,7 +223,7 @@ def draw(found: dict[str, Any], axes: list[Axes]) -> None:
         atoms = stored["atoms"][:, 0] / stored["atoms"].abs().amax((1, 2, 3))[:, None, None]
         tiles = nn.functional.pad(atoms, (1, 1, 1, 1), value=-1.0).reshape(8, 8, 11, 11)
         axis = axes[1 + number]
-        axis.imshow(tiles.permute(0, 2, 1, 3).reshape(88, 88), cmap="gray", vmin=-1, vmax=1)
+        axis.imshow(tiles.permute(0, 2, 1, 3).reshape(88, 88).numpy(), cmap="gray", vmin=-1, vmax=1)
         axis.set_title(f"{name}: {row['psnr']['published']:.2f} dB on the test windows")
         axis.set_axis_off()
     axes[0].set_xlabel("step")
@@ -245,8 +234,8 @@ def draw(found: dict[str, Any], axes: list[Axes]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=0.16)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pictures", type=int, help="so many photographs alone")
     parser.add_argument("--tested", type=int, help="so many test photographs alone")
     parser.add_argument("--evaluate", action="store_true", help="read the weights, train nothing")
