@@ -282,7 +282,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             part.add_argument("--data", type=int, default=10_000)
             part.add_argument("--depths", type=int, nargs="+", default=depths)
         if name == "dictionary":
-            part.add_argument("--batch", type=int, default=500)
+            part.add_argument("--batch", type=int, default=250)
         if name in ("dictionary", "decay"):
             part.add_argument("--steps", type=int, default=600 if name == "dictionary" else 1000)
         if name in ("support", "stability"):
