@@ -1,4 +1,4 @@
-"""PUDLE's theory on planted dictionaries, and its denoiser: what each gradient of a dictionary does.
+"""PUDLE's theory on planted dictionaries, and its denoiser: what each gradient learns.
 
     python -m benchmarks.pudle gradient     error of the gradient against depth
     python -m benchmarks.pudle dictionary   error of the dictionary along 600 full-batch steps
@@ -189,7 +189,8 @@ def decays(options: argparse.Namespace) -> dict[str, Any]:
         50 * options.steps, m, p, options.active, seed=options.seed,
         common_sign=options.signs == "common",
     )  # fmt: skip
-    start = nearby(problem.atoms, 0.005, options.seed)
+    distance = 0.005 * (1000 / m) ** 0.5  # noise of an equal length in each atom, whatever the size
+    start = nearby(problem.atoms, distance, options.seed)
     runs = {}
     for name in options.shrinkages:
         shrinkage = SHRINKAGES[name]()

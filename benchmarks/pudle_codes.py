@@ -1,4 +1,4 @@
-"""Support and stability: the parts of ``benchmarks.pudle`` that are about codes and their layers."""
+"""Support and stability: the parts of ``benchmarks.pudle`` about codes and their layers."""
 
 from __future__ import annotations
 

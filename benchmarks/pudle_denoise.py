@@ -1,12 +1,12 @@
-"""Denoising pictures with each gradient of a convolutional dictionary: ``benchmarks.pudle denoise``.
+"""Denoising pictures with each gradient of a convolutional dictionary.
 
 A tied net of 15 ISTA layers, 64 atoms of 9 x 9 at stride 4, is trained to bring windows of
 photographs with noise of 25 gray levels near the clean ones. The published setting (windows of
-129 x 129, step 0.1, rate 0.16) but for its length, 400 epochs of one window a step, and the learning
-rate that goes with it: of two the one that is best *for the decoder's gradient* on photographs
-kept from training, after a third of the steps. All gradients take it, and start from the same
-atoms. The test photographs are met once by each final net; ``--evaluate`` reads the weights instead
-of training.
+129 x 129, step 0.1, rate 0.16) but for its length, 400 epochs of one window a step, and the
+learning rate that goes with it: of two the one that is best *for the decoder's gradient* on
+photographs kept from training, after a third of the steps. All gradients take it, and start from
+the same atoms. The test photographs are met once by each final net; ``--evaluate`` reads the
+weights instead of training.
 """
 
 from __future__ import annotations
