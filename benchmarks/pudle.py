@@ -128,8 +128,8 @@ def dictionaries(options: argparse.Namespace) -> dict[str, Any]:
     """Distance of the dictionary to the true one while each gradient trains it.
 
     Published with all 10,000 data at each step; here a step sees one batch of them, since a
-    gradient through 100 layers of all takes seconds. (As many data alone would be too few: of 500
-    the least-squares gradient learns something else.)
+    gradient through 100 layers of all takes seconds. The published errors are larger. (As
+    few data alone would not do: of 500 least squares learns other atoms.)
     """
     problem = planted(
         options.data, 50, 100, 5, seed=options.seed, common_sign=options.signs == "common"
