@@ -22,8 +22,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
+import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +41,23 @@ from benchmarks import common
 from pyro_sparse import infer
 from pyro_sparse.dictionaries import Conv
 from pyro_sparse.guides import ShiftAveraged, UnrolledFISTA
-from pyro_sparse.likelihoods import Poisson, Stabilised
+from pyro_sparse.likelihoods import Offset, Poisson, Stabilised
 from pyro_sparse.models import SparseCoding
-from pyro_sparse.solvers import ISTA, Bias
+from pyro_sparse.solvers import FISTA, Bias
 
-ATOMS, SIZE, STRIDE, DEPTH = 169, 11, 7, 15
+ATOMS, SIZE, STRIDE, DEPTH = 169, 11, 7, 6
+GRAY = 0.25
+"""Where the logarithm of the rate starts from, as a part of the peak."""
 WHITE = 255
 """Clean pictures are whole gray levels, with the brightest pixel of each at this one."""
-CROP, BATCH, STEPS, RATE = 81, 6, 4000, 2e-3
-FULL_STEPS = 400 * 5717 // BATCH
-BIAS, NORM = 0.01, 0.5
-"""Start: bias in code units, and squared norm of the dictionary (published: far smaller)."""
+CROP, BATCH, RATE = 81, 4, 1e-3
+FIRST, SECOND = 2400, 1200
+"""Steps on the error of two shifts, and on that of the mean over all."""
+FULL = 400 * 5717 // BATCH
+BIAS, NORM = 0.25, 0.8
+"""Start: bias of an atom by its frequency, in half-waves, and squared norm of the dictionary."""
+FASTER, CLIP = 5.0, 1.0
+"""Factor on the rate of the biases, which are larger than the pixels of an atom; gradient norm."""
 HELD_OUT, LEFT_OUT = 12, ("12003",)
 WEIGHTS = Path("benchmarks/weights")
 
@@ -119,23 +128,62 @@ class _AcrossShifts(nn.Module):
         return (num_data or len(y)) * self.error(y)
 
 
-def net(peak: float, variant: str, atoms: Tensor | None = None) -> ShiftAveraged:
-    """The guide with random weights, or with a start of its atoms."""
-    atoms = torch.randn(ATOMS, 1, SIZE, SIZE) if atoms is None else atoms
+def cosines() -> tuple[Tensor, Tensor]:
+    """Both signs of the smoothest cosines, once the constant, with soft edges; frequencies."""
+    waves = torch.cos(torch.outer(torch.arange(SIZE) + 0.5, torch.arange(SIZE)) * math.pi / SIZE)
+    grid = sorted((math.hypot(i, j), i, j) for i in range(SIZE) for j in range(SIZE))
+    edge = torch.hann_window(SIZE + 4, periodic=False)[2:-2].sqrt()
+    found = [torch.outer(edge * waves[:, i], edge * waves[:, j]) for _, i, j in grid[: ATOMS // 2]]
+    atoms = nn.functional.normalize(torch.stack(found).flatten(1)).reshape(-1, 1, SIZE, SIZE)
+    frequencies = torch.tensor([frequency for frequency, _, _ in grid[: ATOMS // 2]])
+    return torch.cat([atoms, -atoms, atoms[:1]]), torch.cat([frequencies] * 2 + [torch.zeros(1)])
+
+
+def net(peak: float, variant: str, depth: int = DEPTH) -> ShiftAveraged:
+    """The guide at its start: nearly MAP codes of cosines, with rarer high frequencies."""
+    atoms, frequencies = cosines()
     dictionary = Conv(ATOMS, 1, (SIZE, SIZE), STRIDE, atoms=atoms, unit_norm=False)
     with torch.no_grad():
         dictionary.atoms.mul_((NORM / dictionary.squared_norm()).sqrt())
+    likelihood = Offset(Poisson(), math.log(peak * GRAY))
     make = {"constrained": UnrolledFISTA, "unconstrained": UnrolledFISTA.untied}[variant]
     guide = make(
         dictionary,
-        Stabilised(Poisson(), peak),
+        Stabilised(likelihood, unbent(peak)),
         dist.Exponential(1.0),
-        num_steps=DEPTH,
-        method=ISTA(),
-        shrinkage=Bias(BIAS, num_atoms=ATOMS),
+        num_steps=depth,
+        method=FISTA(),
+        shrinkage=Bias(BIAS * frequencies),
         step_size=1.0,
     )
-    return ShiftAveraged(guide, dictionary, Poisson())
+    return ShiftAveraged(guide, dictionary, likelihood)
+
+
+def unbent(peak: float) -> float:
+    """The ELU's parameter with which Poisson residuals have the mean zero in a gray picture."""
+    rate = torch.tensor(peak * 0.4, dtype=torch.float64)
+    counts = torch.arange(60, dtype=torch.float64)
+    weight, residual = dist.Poisson(rate).log_prob(counts).exp(), counts - rate
+    above, below = residual.clamp(min=0), 1 - residual.clamp(max=0).exp()
+    return float((weight * above).sum() / (weight * below).sum())
+
+
+def optimizer(parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
+    """Adam with clipped gradients, faster for the biases: they are larger than what atoms hold."""
+    parameters = list(parameters)
+    adam = torch.optim.Adam(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "lr": rate},
+            {"params": [p for p in parameters if p.dim() == 1], "lr": FASTER * rate},
+        ],
+        betas=(0.9, 0.99),
+    )
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+
+    adam.register_step_pre_hook(clip)
+    return adam
 
 
 def train(
@@ -143,29 +191,44 @@ def train(
     peak: float,
     pictures: list[Tensor],
     *,
-    steps: int = STEPS,
+    steps: tuple[int, int] = (FIRST, SECOND),
     batch: int = BATCH,
     crop: int = CROP,
     rate: float = RATE,
     seed: int = 0,
     checkpoints: infer.Checkpoints | None = None,
-    loss: Any = None,
 ) -> infer.History:
-    """Train in place on pictures from 0 to 1."""
-    model = SparseCoding(net.dictionary, Poisson(), dist.Exponential(1.0))
-    update = infer.Update(
-        loss=AcrossShifts(net, peak) if loss is None else loss,
-        optimizer=functools.partial(torch.optim.Adam, lr=rate),
-        schedule=functools.partial(
-            OneCycleLR, max_lr=rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
-        ),
-        schedule_per_step=True,
+    """Train in place on pictures from 0 to 1: first on two shifts at a time, then across all."""
+    model = SparseCoding(net.dictionary, net.likelihood, dist.Exponential(1.0))
+    two = infer.Supervised(
+        lambda rates, gray: nn.functional.mse_loss(rates / peak, gray / WHITE),
+        corrupt=lambda gray: torch.poisson(peak * gray / WHITE),
+        predict=functools.partial(net.reconstruct, shifts=2),
     )
+    unit = math.gcd(*steps)
+    phases = []
+    for loss, count, top in ((two, steps[0], rate), (AcrossShifts(net, peak), steps[1], rate / 2)):
+        schedule = functools.partial(
+            OneCycleLR,
+            max_lr=[top, FASTER * top],
+            total_steps=count,
+            pct_start=0.05,
+            div_factor=5,
+            final_div_factor=10,
+            cycle_momentum=False,
+        )
+        update = infer.Update(
+            loss=loss,
+            optimizer=functools.partial(optimizer, rate=top),
+            schedule=schedule,
+            schedule_per_step=True,
+        )
+        phases.append(infer.Phase(count // unit, [update]))
     return infer.fit(
         model,
         net,
-        Crops(pictures, steps * batch, crop, seed),
-        phases=[infer.Phase(1, [update])],
+        Crops(pictures, unit * batch, crop, seed),
+        phases=phases,
         batch_size=batch,
         seed=seed,
         guard=infer.RollBack(),
@@ -187,21 +250,154 @@ def draws(clean: Tensor, peak: float, count: int, seed: int) -> list[Tensor]:
     return [torch.poisson(peak * whitened(clean), generator=random) for _ in range(count)]
 
 
-def scores(
-    net: ShiftAveraged, clean: Tensor, peak: float, count: int, seed: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """PSNR in dB, means over draws, of a net and of the counts themselves; and its spread."""
+def scores(net: ShiftAveraged, clean: Tensor, peak: float, count: int, seed: int) -> dict[str, Any]:
+    """PSNR in dB of a net and of the counts themselves: means over draws, and their spread."""
     brightest = float(clean.max())
     found, noisy = [], []
     for counts in draws(clean, peak, count, seed):
         found.append(common.psnr(clean, denoise(net, counts, brightest, peak)))
-        noisy.append(common.psnr(clean, counts * brightest / peak))
-    mean = {kind: float(np.mean([one[kind] for one in found])) for kind in found[0]}
-    spread = float(np.std([one["published"] for one in found], ddof=1)) if count > 1 else None
-    return mean, {"noisy_published": noisy_mean(noisy), "spread_of_draws": spread}
+        noisy.append(common.psnr(clean, counts * brightest / peak)["published"])
+    spread = np.std([one["published"] for one in found])
+    return {
+        **{kind: round(float(np.mean([one[kind] for one in found])), 3) for kind in found[0]},
+        "spread_of_draws": round(float(spread), 3),
+        "noisy_published": round(float(np.mean(noisy)), 3),
+    }
 
 
 def split(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
     """Pictures to train on, and to choose settings by."""
     kept = [p for name, p in common.pictures(folder).items() if name not in LEFT_OUT]
     return kept[:-HELD_OUT], kept[-HELD_OUT:]
+
+
+def validate(net: ShiftAveraged, peak: float, pictures: list[Tensor], count: int = 12) -> float:
+    """Mean PSNR in dB, peak 1, of crops of the pictures."""
+    crops = Crops(pictures, count, CROP, seed=7)
+    clean = torch.stack([crops[i] for i in range(count)]) / WHITE
+    counts = torch.poisson(peak * clean, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        error = net.reconstruct(counts) / peak - clean
+    return float(-10 * error.square().mean((1, 2, 3)).log10().mean())
+
+
+def load(file: Path) -> tuple[ShiftAveraged, dict[str, Any]]:
+    """A trained net, and its settings."""
+    tensors, settings = common.load_weights(file)
+    loaded = net(settings["peak"], settings["variant"], settings["depth"])
+    copy_parameters(tensors, loaded)
+    return loaded, settings
+
+
+def copy_parameters(tensors: dict[str, Tensor], to: nn.Module) -> None:
+    own = dict(to.named_parameters())
+    if own.keys() != tensors.keys():
+        raise ValueError(f"Expected weights of the parts {sorted(own)}, got {sorted(tensors)}.")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def train_command(options: argparse.Namespace) -> None:
+    began, peak = time.perf_counter(), options.peak
+    folder = Path(options.images or Path(os.environ["PYRO_SPARSE_DATA"]) / "cbsd432")
+    pictures, held_out = split(folder)
+    if options.start:
+        learned, settings = load(options.start)
+        trained = net(peak, settings["variant"], settings["depth"])
+        copy_parameters(dict(learned.named_parameters()), trained)
+    else:
+        trained = net(peak, options.variant)
+    steps = (
+        (2 * FULL // 3 // 1000 * 1000, FULL // 3 // 1000 * 1000)
+        if options.full
+        else tuple(options.steps)
+    )
+    store = None
+    if options.checkpoints:
+        store = infer.Checkpoints(options.checkpoints, every=500)
+    history = train(
+        trained, peak, pictures, steps=steps, rate=options.rate, seed=options.seed,
+        checkpoints=store,
+    )  # fmt: skip
+    settings = {
+        "peak": peak,
+        "variant": options.variant,
+        "depth": trained.guide.encoder.num_steps,
+        "steps": steps,
+        "batch": BATCH,
+        "crop": CROP,
+        "rate": options.rate,
+        "start": options.start and options.start.name,
+        "seed": options.seed,
+        "training_seconds": round(history.seconds, 1),
+        "training_core_seconds": round(time.process_time(), 1),
+        "validation_psnr": round(validate(trained, peak, held_out), 3),
+        "faults": len(history.faults),
+        "loss": [round(float(np.mean(part)), 6) for part in np.array_split(history.step_loss, 12)],
+    }
+    out = options.out or WEIGHTS / f"dcea-{options.variant}-peak{peak:g}.safetensors"
+    common.save_weights(out, dict(trained.named_parameters()), settings)
+    print(json.dumps({**settings, "seconds": round(time.perf_counter() - began, 1)}, indent=1))
+
+
+def evaluate_command(options: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    trained, settings = load(options.weights)
+    if settings["peak"] != options.peak:
+        raise ValueError(f"Expected --peak {settings['peak']:g}, got {options.peak:g}.")
+    found = {}
+    for name, clean in common.pictures(options.images).items():
+        if options.names and name not in options.names:
+            continue
+        found[name] = scores(trained, clean, options.peak, options.draws, options.seed)
+        print(f"{name:12s} {found[name]}", flush=True)
+    if not found:
+        raise ValueError(f"Expected names of pictures in {options.images}, got {options.names}.")
+    mean = {
+        kind: round(float(np.mean([one[kind] for one in found.values()])), 3)
+        for kind in ("published", "standard")
+    }
+    names = f" --names {' '.join(options.names)}" if options.names else ""
+    command = (
+        f"python -m benchmarks.dcea evaluate --weights {options.weights} --images FOLDER{names} "
+        f"--peak {options.peak:g} --seed {options.seed} --draws {options.draws}"
+    )
+    content = common.record(
+        command, options.seed, began, peak=options.peak, draws=options.draws, psnr_mean=mean,
+        psnr=found, parameters=sum(p.numel() for p in trained.parameters()), trained=settings,
+    )  # fmt: skip
+    common.write(options.json, content)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    train = commands.add_parser("train")
+    train.set_defaults(run=train_command)
+    train.add_argument("--variant", choices=["constrained", "unconstrained"], required=True)
+    train.add_argument("--images", type=Path, help="default: cbsd432 in PYRO_SPARSE_DATA")
+    train.add_argument("--start", type=Path, help="weights to start from, of any peak")
+    train.add_argument("--steps", type=int, nargs=2, default=(FIRST, SECOND))
+    train.add_argument("--rate", type=float, default=RATE, help="largest rate of Adam")
+    train.add_argument("--full", action="store_true", help="as many crops as published")
+    train.add_argument("--checkpoints", type=Path, help="folder to write to and resume from")
+    train.add_argument("--out", type=Path, help="file of the weights")
+    evaluate = commands.add_parser("evaluate")
+    evaluate.set_defaults(run=evaluate_command)
+    evaluate.add_argument("--weights", type=Path, required=True)
+    evaluate.add_argument("--images", type=Path, required=True)
+    evaluate.add_argument("--names", nargs="+", help="some of the pictures, without suffix")
+    evaluate.add_argument("--draws", type=int, default=20, help="draws of noise for each picture")
+    evaluate.add_argument("--json", type=Path, required=True)
+    for command in (train, evaluate):
+        command.add_argument("--peak", type=float, required=True, help="counts at the brightest")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
