@@ -53,7 +53,7 @@ FITTED, VALIDATED = 30, 10
 """Trials that are fitted; those of them that choose the hyperprior, the last."""
 TEMPLATES, LENGTH, DEPTH = 3, 80, 30
 """One template for each stimulus to start from; its length in ms; layers of the encoder."""
-RATES, STRENGTH = (1.0, 3.0, 10.0), 5000.0
+RATES, STRENGTH = (0.3, 1.0, 3.0), 5000.0
 """Means of the hyperprior to choose from, in one over log-odds, and what divides its variance.
 It has to outweigh the thousands of codes that are zero: see ``pyro_sparse.infer.em``."""
 STEPS, FEWER, STEP = 60, 25, 3e-2
@@ -244,7 +244,9 @@ def unit(spikes: Array, stimulus: Array, seed: int) -> tuple[dict[str, Any], Tem
 
 def draw(spikes: Array, units: dict[str, Templates], rows: dict[str, Any], file: Path) -> None:
     """Templates, mean response and fit, and intervals of every unit."""
-    figure, axes = plt.subplots(len(units), 3, figsize=(12, 2.3 * len(units)), layout="constrained")
+    figure, axes = plt.subplots(
+        len(units), 3, figsize=(12, 2.3 * len(units)), layout="constrained", squeeze=False
+    )
     for line, (name, found), data in zip(axes, units.items(), spikes):
         atoms = found.dictionary.atoms.detach()[:, 0]
         used = found.codes.amax((0, 2))[:, None]
