@@ -250,14 +250,14 @@ def draw(spikes: Array, units: dict[str, Templates], rows: dict[str, Any], file:
     for line, (name, found), data in zip(axes, units.items(), spikes):
         atoms = found.dictionary.atoms.detach()[:, 0]
         used = found.codes.amax((0, 2))[:, None]
-        line[0].plot((atoms * used).T)
+        line[0].plot((atoms * used).T, label=[f"from stimulus {k + 1}" for k in range(TEMPLATES)])
         line[0].set_ylabel(f"{name}\nlog-odds")
         rate = data[1, :FITTED].mean(0).reshape(-1, 5).mean(1) * 1000
         model = 1000 / (1 + np.exp(-found.log_odds[1]))
         times = np.arange(len(rate)) * 5 / 1000
         line[1].plot(times, rate, color="0.7", label="spikes, fitted trials, in 5 ms")
         line[1].plot(times, model.reshape(-1, 5).mean(1), linewidth=0.9, label="templates")
-        line[1].set(xlim=(0.4, 1.4), ylabel="spikes / s")
+        line[1].set(xlim=(0.4, 1.4), ylim=(-5, 1.4 * rate.max()), ylabel="spikes / s")
         models = rows[name]["models"]
         kinds = list(models)
         for offset, part in ((-0.2, "fitted"), (0.2, "new_trials")):
@@ -272,7 +272,8 @@ def draw(spikes: Array, units: dict[str, Templates], rows: dict[str, Any], file:
     axes[0, 2].set_title("KS distance (lines: 95 % bounds)")
     axes[-1, 0].set_xlabel("ms")
     axes[-1, 1].set_xlabel("s")
-    axes[0, 1].legend(fontsize=6)
+    axes[0, 0].legend(fontsize=6)
+    axes[0, 1].legend(fontsize=6, ncols=2, loc="upper center")
     axes[0, 2].legend(fontsize=6)
     figure.savefig(file, dpi=100)
     plt.close(figure)
