@@ -5,7 +5,7 @@
 
 ``alternation``: a dictionary is learned from the noisy picture alone. MAP codes by a proximal
 method that searches for its step (``solvers.solve``), then steps of the likelihood on the atoms,
-in turn; in the end MAP codes at 16 shifts of the grid, with the relative gap that they reached. The
+in turn; in the end MAP codes at 8 shifts of the grid, with the relative gap that they reached. The
 level of the prior was chosen on validation pictures. ``cnn``: a residual network of 3x3
 convolutions on the logarithm of one plus the counts, trained as long as the unrolled nets on the
 same crops.
@@ -35,11 +35,11 @@ from pyro_sparse.likelihoods import Offset, Poisson
 from pyro_sparse.solvers import solve
 
 ROUNDS, ATOM_STEPS = 5, 8
-COARSE, FINE = 40, 60
+COARSE, FINE = 40, 50
 """Steps of the solver between two dictionaries, and at the end."""
-SHIFTS = 16
+SHIFTS = 8
 """Shifts of the grid that are averaged, drawn from the 49: MAP codes are what takes the time."""
-LEVEL = 1.5
+LEVEL = 2.0
 """Rate of the Laplace prior at one half-wave an atom, of unit norm, in one over log-rates."""
 WIDTH, DEPTH = 24, 5
 BATCH = 4
