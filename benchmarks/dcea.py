@@ -268,9 +268,13 @@ def train_command(options: argparse.Namespace) -> None:
     folder = Path(options.images or Path(os.environ["PYRO_SPARSE_DATA"]) / "cbsd432")
     pictures, held_out = split(folder)
     if options.start:
-        learned, settings = load(options.start)
-        trained = net(peak, settings["variant"], settings["depth"])
-        copy_parameters(dict(learned.named_parameters()), trained)
+        tensors, settings = common.load_weights(options.start)
+        trained = net(peak, options.variant, settings["depth"])
+        if options.variant == "unconstrained":  # all three may start from one
+            shared = tensors["guide.encoder.dictionary.atoms"]
+            for part in ("analysis", "synthesis"):
+                tensors.setdefault(f"guide.encoder.{part}.atoms", shared)
+        copy_parameters(tensors, trained)
     else:
         trained = net(peak, options.variant, options.depth or (15 if options.full else DEPTH))
     steps = (
@@ -345,7 +349,7 @@ def main() -> None:
     train.set_defaults(run=train_command)
     train.add_argument("--variant", choices=["constrained", "unconstrained"], required=True)
     train.add_argument("--images", type=Path, help="default: cbsd432 in PYRO_SPARSE_DATA")
-    train.add_argument("--start", type=Path, help="weights to start from, of any peak")
+    train.add_argument("--start", type=Path, help="weights of any peak or tied ones")
     train.add_argument("--steps", type=int, nargs=2, default=(FIRST, SECOND))
     train.add_argument("--rate", type=float, default=RATE, help="largest rate of Adam")
     train.add_argument("--depth", type=int, help="number of layers")

@@ -4,7 +4,8 @@
         --weights constrained=FILE unconstrained=FILE
 
 Published cells are those of the networks that ship with the code of DCEA, evaluated again from
-their files, one draw of noise; names of pictures are those of Set12 and of the other classical ones.
+their files, one draw of noise. Pictures are known by the names of their files in Set12 and among
+the other classical ones.
 """
 
 from __future__ import annotations
