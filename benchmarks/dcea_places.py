@@ -41,8 +41,8 @@ from pyro_sparse.models import SparseCoding
 
 Array = np.ndarray[Any, Any]
 
-FRAMES, ATOMS, DEPTH, EPOCHS, FOLDS = 10, 40, 10, 40, 5
-RATES = (0.5, 2.0)
+FRAMES, ATOMS, DEPTH, EPOCHS, FOLDS = 10, 40, 10, 20, 5
+RATES = (0.2, 0.5)
 """Of the exponential prior, to choose from, in one over log-rates of an atom of unit norm."""
 STEP = 0.1
 """Of a layer: the safe one is that of the neuron with the most spikes, hundreds of times less."""
