@@ -36,14 +36,23 @@ PUBLISHED = {
 }
 
 
-def table(peak: float, files: dict[str, Path]) -> dict[str, Any]:
-    """What each method found, with the published cells and the distance to them."""
+def table(peak: float, files: dict[str, list[Path]]) -> dict[str, Any]:
+    """What each method found, with the published cells and the distance to them.
+
+    A method may have found its pictures in several runs; the record is that of the last.
+    """
     rows: dict[str, Any] = {}
-    for method, file in files.items():
-        found = json.loads(file.read_text())
-        if found["peak"] != peak:
-            raise ValueError(f"Expected a result at peak {peak:g}, got {found['peak']} in {file}.")
-        cells = {NAMES.get(name, name): cell for name, cell in found.pop("psnr").items()}
+    for method, parts in files.items():
+        cells = {}
+        for file in parts:
+            found = json.loads(file.read_text())
+            if found["peak"] != peak:
+                raise ValueError(f"Expected results at peak {peak:g}, got {found['peak']}: {file}.")
+            cells |= {NAMES.get(name, name): cell for name, cell in found.pop("psnr").items()}
+        found["psnr_mean"] = {
+            kind: round(sum(cell[kind] for cell in cells.values()) / len(cells), 3)
+            for kind in ("published", "standard")
+        }
         published = PUBLISHED.get(peak, {}).get(method, {})
         for name in cells.keys() & published.keys():
             cells[name]["shipped_net"] = published[name]
@@ -79,14 +88,15 @@ def draw(peak: float, picture: Path, weights: dict[str, Path], seed: int, file: 
     plt.close(figure)
 
 
-def pairs(values: list[str]) -> dict[str, Path]:
-    return {name: Path(file) for name, file in (value.split("=", 1) for value in values)}
+def pairs(values: list[str]) -> dict[str, list[Path]]:
+    named = (value.split("=", 1) for value in values)
+    return {name: [Path(file) for file in files.split(",")] for name, files in named}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peak", type=float, required=True)
-    parser.add_argument("--found", nargs="+", required=True, help="method=FILE.json")
+    parser.add_argument("--found", nargs="+", required=True, help="method=FILE.json[,FILE.json]")
     parser.add_argument("--weights", nargs="+", required=True, help="variant=FILE, to draw")
     parser.add_argument("--picture", type=Path, required=True, help="the one to draw")
     parser.add_argument("--out", type=Path, default=common.RESULTS)
@@ -96,8 +106,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = table(peak, pairs(options.found))
     options.out.mkdir(parents=True, exist_ok=True)
+    weights = {variant: file for variant, (file,) in pairs(options.weights).items()}
     name = f"dcea_peak{peak:g}"
-    draw(peak, options.picture, pairs(options.weights), options.seed, options.out / f"{name}.png")
+    draw(peak, options.picture, weights, options.seed, options.out / f"{name}.png")
     methods = " ".join(f"{method}=FILE" for method in rows)
     command = f"python -m benchmarks.dcea_report --peak {peak:g} --found {methods} --weights ..."
     common.write(
