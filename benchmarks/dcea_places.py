@@ -3,7 +3,7 @@
     python -m benchmarks.dcea_places --data FOLDER/placecells/animal1.npz [--out FOLDER]
 
 Counts of all neurons of a rat in thirds of a second are Poisson; their log-rates are a baseline of
-each neuron plus few non-negative codes times atoms of the population. An unrolled encoder and its
+each neuron plus non-negative codes times atoms of the population. An unrolled encoder and its
 atoms are learned on the first 70 % of the recording, with a random fifth of the neurons hidden at
 every step and predicted (``Supervised`` with a mask). The rate of the prior is chosen on the next
 10 %; the last 20 % are tested once: codes come from four fifths of the neurons, and what they

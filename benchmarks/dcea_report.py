@@ -70,7 +70,7 @@ def draw(peak: float, picture: Path, weights: dict[str, Path], seed: int, file: 
     for name, net in nets.items():
         shown[name] = dcea.denoise(net, counts, float(clean.max()), peak)
     width = len(shown)
-    figure, axes = plt.subplots(1, width + 1, figsize=(3 * width + 3, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, width + 1, figsize=(3 * width + 3, 3.9), layout="constrained")
     for axis, (name, image) in zip(axes, shown.items()):
         axis.imshow(image.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
         told = "" if name == "clean" else f"\n{common.psnr(clean, image)['published']:.2f} dB"
