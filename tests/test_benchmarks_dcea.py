@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import dcea, dcea_counts
+from benchmarks import dcea, dcea_counts, dcea_peers, dcea_places, dcea_report
 
 
 @pytest.fixture
@@ -95,3 +95,45 @@ def test_planted_responses_come_back_as_templates():
     found = dcea_counts.Templates(spikes, 1.0, steps=8)
     assert np.corrcoef(found.log_odds.mean(0), log_odds[0])[0, 1] > 0.9
     assert float((found.codes > 0).float().mean()) < 0.1
+
+
+def test_learning_on_the_picture_itself_denoises_it(monkeypatch):
+    monkeypatch.setattr(dcea_peers, "SHIFTS", 1)
+    monkeypatch.setattr(dcea_peers, "ROUNDS", 1)
+    clean = torch.sin(torch.arange(40.0) / 6).expand(40, 40) / 3 + 0.6
+    torch.manual_seed(0)
+    counts = torch.poisson(4 * clean)
+    estimate, about = dcea_peers.alternation(counts, 4.0)
+    error, noise = ((x / 4 - clean).square().mean() for x in (estimate, counts))
+    assert error < noise / 4
+    assert about["seconds"] >= about["learning_seconds"]
+
+
+def test_hidden_neurons_are_predicted_by_the_others(monkeypatch):
+    monkeypatch.setattr(dcea_places, "EPOCHS", 20)
+    monkeypatch.setattr(dcea_places, "ATOMS", 4)
+    torch.manual_seed(0)
+    together = torch.rand(1500, 1) < 0.5  # all neurons are busy, or none
+    rates = torch.where(together, 4.0, 0.5).expand(-1, 10)
+    y = torch.poisson(rates)
+    guide = dcea_places.learn(y[:1000], 0.5, seed=0)
+    expected = dcea_places.told_by_others(guide, y[1000:]).numpy()
+    constant = y[:1000].mean(0).numpy()
+    test = y[1000:].numpy()
+    best = dcea_places.bits(test, rates[1000:].numpy(), constant)
+    assert dcea_places.bits(test, expected, constant) > 0.8 * best
+    assert dcea_places.bits(y.numpy(), np.broadcast_to(constant, y.shape), constant) == 0
+
+
+def test_a_table_joins_runs_and_measures_the_distance_to_the_shipped_nets(tmp_path):
+    files = []
+    for name, value in (("02", 25.0), ("bridge", 21.0)):
+        files.append(tmp_path / f"{name}.json")
+        cell = {name: {"published": value, "standard": value + 0.5}}
+        files[-1].write_text(json.dumps({"peak": 4.0, "psnr": cell}))
+    found = dcea_report.table(4.0, {"constrained": files})["constrained"]
+    assert found["psnr"]["house"]["ahead"] == pytest.approx(0.03)
+    assert found["psnr"]["bridge"]["ahead"] == pytest.approx(-0.54)
+    assert found["psnr_mean"] == {"published": 23.0, "standard": 23.5}
+    with pytest.raises(ValueError, match="Expected results at peak 2, got 4.0"):
+        dcea_report.table(2.0, {"constrained": files})
