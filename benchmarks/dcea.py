@@ -278,11 +278,7 @@ def train_command(options: argparse.Namespace) -> None:
         copy_parameters(tensors, trained)
     else:
         trained = net(peak, options.variant, options.depth or (15 if options.full else DEPTH))
-    steps = (
-        (2 * FULL // 3 // 1000 * 1000, FULL // 3 // 1000 * 1000)
-        if options.full
-        else tuple(options.steps)
-    )
+    steps = (2 * (FULL // 3), FULL // 3) if options.full else tuple(options.steps)
     store = None
     if options.checkpoints:
         store = infer.Checkpoints(options.checkpoints, every=500)
