@@ -62,6 +62,13 @@ def split(folder: Path, part: str, count: int, seed: int) -> Tensor:
     return cut([whiten(common.picture(file)) for file in chosen], count, seed)
 
 
+def garments(folder: Path, part: str) -> Tensor:
+    """Fashion-MNIST, ``(n, 784)``, from 0 to 1: 55,000 to train, 5,000 validation, 8,000 test."""
+    file = folder / "fashion_mnist" / f"fashion_{'test' if part == 'test' else 'train'}.npz"
+    ends = {"train": (0, 55_000), "validation": (55_000, 60_000), "test": (0, None)}[part]
+    return images_of(file)[slice(*ends)].flatten(1)
+
+
 def images_of(file: Path) -> Tensor:
     """Array ``images`` of a .npz file, ``(n, height, width)``, as numbers from 0 to 1."""
     stored = np.load(file)

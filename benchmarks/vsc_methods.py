@@ -7,15 +7,18 @@ and starts at the prior.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_sparse.dictionaries import Dense
 from pyro_sparse.distributions import SpikeAndSlab
 from pyro_sparse.distributions.gamma import GammaThresholded
 from pyro_sparse.distributions.thresholded import ShiftedThresholded
@@ -26,6 +29,8 @@ from pyro_sparse.guides import (
     SpikeAndSlabPosterior,
     Thresholded,
     ThresholdPosterior,
+    UnrolledEncoder,
+    UnrolledFISTA,
 )
 from pyro_sparse.infer import (
     BestOf,
@@ -41,6 +46,9 @@ from pyro_sparse.infer import (
     Warmup,
 )
 from pyro_sparse.infer.estimators import Estimator
+from pyro_sparse.likelihoods import Gaussian
+from pyro_sparse.models import DeepSparseCoding, SparseCoding
+from pyro_sparse.solvers import Proximal, Unrolled
 
 PROBS = 0.1
 LAPLACE_SCALE, NORMAL_SCALE = 0.1, math.sqrt(0.1)
@@ -48,6 +56,8 @@ SHIFTED = {dist.Laplace: 0.230259, dist.Normal: 0.520148}
 """Thresholds of the prior, in code units, that a draw passes with probability 0.1."""
 GAMMA = {dist.Laplace: 0.346330, dist.Normal: 0.830604}
 """Means of a Gamma threshold of shape 3, likewise."""
+POINT_SCALE = 1.28 / 20
+"""Scale of the Laplace prior of MAP codes: the published penalty, 20, in units of the noise."""
 GAMMA_WEIGHT = 0.1
 """Published factor on the KL of the threshold."""
 DRAWS = 20
@@ -91,10 +101,12 @@ class Method:
     Attributes:
         base: ``dist.Normal`` or ``dist.Laplace``: law before the threshold, of the slab, or of
             dense codes.
-        kind: Which law: "dense", "gates", "threshold" or "gamma".
+        kind: Which law: "dense", "gates", "threshold", "gamma", or "point" (MAP, no law).
         estimator: Makes the estimator, of a ``Scheduled`` for what is warmed up.
         best: Train with the best of the draws, "max-ELBO", instead of their mean.
         published: Whether it is one of the published sparse methods.
+        unrolled: Whether its encoder is an unrolled solver on the model's atoms.
+        warmed: Value of that at the start and after the first tenth of the steps.
     """
 
     base: type
@@ -102,12 +114,21 @@ class Method:
     estimator: Callable[[Any], Estimator]
     best: bool = False
     published: bool = False
-    warmed: tuple[float, float] | None = field(default=None)
+    warmed: tuple[float, float] | None = None
+    unrolled: bool = False
+
+    @property
+    def prior_variance(self) -> float:
+        """Of a code, active or not; of thresholded laws that of the base, scaled by inclusion."""
+        variance = SCALES[self.base] ** 2 * (2 if self.base is dist.Laplace else 1)
+        return variance * (1 if self.kind == "dense" else PROBS)
 
     def prior(self, *, integrated: bool = False) -> dict[str, Any]:
         """Arguments of the model."""
         scale = SCALES[self.base]
         base = self.base(0.0, scale)
+        if self.kind == "point":
+            return {"prior": dist.Laplace(0.0, POINT_SCALE)}
         if self.kind == "dense":
             return {"prior": base}
         if self.kind == "gates":
@@ -195,6 +216,7 @@ def _concrete(*, best: bool) -> Method:
 
 
 METHODS: dict[str, Method] = {
+    "fista": Method(dist.Laplace, "point", lambda _: Exact()),
     "gaussian": Method(dist.Normal, "dense", lambda _: ImplicitMixed()),
     "laplace": Method(dist.Laplace, "dense", lambda _: ImplicitMixed()),
     "concrete-mean": _concrete(best=False),
@@ -207,4 +229,118 @@ METHODS: dict[str, Method] = {
     },
     "exact-gaussian": Method(dist.Normal, "gates", lambda _: Exact()),
     "exact-laplace": Method(dist.Laplace, "gates", lambda _: Exact()),
+    "exact-unrolled": Method(dist.Normal, "gates", lambda _: Exact(), unrolled=True),
+    "implicit-gaussian": Method(dist.Normal, "gates", lambda _: ImplicitMixed()),
+    "implicit-laplace": Method(dist.Laplace, "gates", lambda _: ImplicitMixed()),
 }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Networks, noise and training of one of the two experiments."""
+
+    kind: str
+    atoms: int
+    noise: float
+    batch: int
+    methods: tuple[str, ...]
+    betas: tuple[float, float]
+    default_rates: tuple[float, float]
+    special_rates: Mapping[str, tuple[float, float]]
+
+    @staticmethod
+    def of(kind: str) -> Setting:
+        return SETTINGS[kind]
+
+    def rates(self, name: str) -> tuple[float, float]:
+        """Peak learning rates of encoder and decoder, chosen on validation data."""
+        return self.special_rates.get(name, self.default_rates)
+
+    def decay(self, name: str) -> float:
+        """Weight decay: as published, of the atoms of the MAP baseline and of deep networks."""
+        return 2e-4 / self.noise if name == "fista" else 1e-5 * (self.kind == "fashion")
+
+    def around(self, model: Any) -> Model:
+        """Makes models of other priors around the decoder of one."""
+        likelihood = Gaussian(math.sqrt(self.noise))
+        if self.kind == "linear":
+            return functools.partial(SparseCoding, model.dictionary, likelihood)
+        return functools.partial(
+            DeepSparseCoding, model.decoder, likelihood,
+            code_shape=(self.atoms,), signal_shape=(784,),
+        )  # fmt: skip
+
+    def decode(self, model: Any, codes: Tensor) -> Tensor:
+        """Means of the data, ``(..., features)``."""
+        if self.kind == "linear":
+            found: Tensor = model.dictionary(codes)
+            return found
+        flat: Tensor = model.decoder(codes.flatten(0, -2))
+        return flat.reshape(*codes.shape[:-1], -1)
+
+
+WIDTH, ATOM_NORM = 256, 3.0
+SETTINGS = {
+    "linear": Setting(
+        "linear", 256, 1.28, 100,
+        methods=tuple(name for name in METHODS if not name.startswith("implicit")),
+        betas=(0.9, 0.999), default_rates=(1e-3, 1e-2), special_rates={},
+    ),
+    "fashion": Setting(
+        "fashion", 64, 3.92, 128,
+        methods=("threshold-gaussian-max", "threshold-laplace-max", "implicit-gaussian"),
+        betas=(0.5, 0.999), default_rates=(1e-3, 1e-3), special_rates={},
+    ),
+}  # fmt: skip
+
+
+def programs(setting: Setting, method: Method) -> tuple[Any, Any]:
+    """Model and guide before training."""
+    likelihood = Gaussian(math.sqrt(setting.noise))
+    if setting.kind == "fashion":
+        encoder, decoder, width = convolutional(setting.atoms)
+        model: Any = DeepSparseCoding(
+            decoder, likelihood, code_shape=(setting.atoms,), signal_shape=(784,), **method.prior()
+        )
+        return model, method.guide(encoder, width, setting.atoms)
+    atoms = torch.randn(setting.atoms, 256)
+    atoms = ATOM_NORM * atoms / atoms.norm(dim=1, keepdim=True)
+    dictionary = Dense(setting.atoms, 256, atoms=atoms, unit_norm=False)
+    model = SparseCoding(dictionary, likelihood, **method.prior())
+    if method.kind == "point":
+        return model, UnrolledFISTA(
+            dictionary, likelihood, model.prior, num_steps=30, shrinkage=Proximal()
+        )
+    if method.unrolled:
+        solver = Unrolled(dictionary, likelihood, num_steps=8)
+        prior = dist.Laplace(0.0, LAPLACE_SCALE)
+        encoder = UnrolledEncoder(
+            solver, prior, init_probs=PROBS, init_scale=NORMAL_SCALE
+        )
+        return model, Thresholded(encoder, method.family())
+    layers = [nn.Linear(256, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
+    return model, method.guide(nn.Sequential(*layers), WIDTH, setting.atoms)
+
+
+def convolutional(atoms: int) -> tuple[nn.Module, nn.Module, int]:
+    """The published networks for 28x28 pictures, flat at both ends."""
+
+    def block(before: int, after: int, stride: int, padding: int) -> list[nn.Module]:
+        conv = nn.Conv2d(before, after, 4, stride, padding, bias=False)
+        return [conv, nn.BatchNorm2d(after), nn.ReLU()]
+
+    def back(before: int, after: int, stride: int, padding: int) -> list[nn.Module]:
+        conv = nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False)
+        return [nn.ReLU(), conv, nn.BatchNorm2d(after)]
+
+    encoder = nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        *block(1, 64, 2, 1), *block(64, 64, 2, 1), *block(64, 128, 1, 0), *block(128, 128, 2, 0),
+        nn.Flatten(),
+    )  # fmt: skip
+    decoder = nn.Sequential(
+        nn.Linear(atoms, 128), nn.Unflatten(1, (128, 1, 1)),
+        *back(128, 128, 2, 0), *back(128, 64, 1, 0), *back(64, 64, 2, 1),
+        nn.ReLU(), nn.ConvTranspose2d(64, 1, 4, 2, 1), nn.Sigmoid(), nn.Flatten(),
+    )  # fmt: skip
+    return encoder, decoder, 128
