@@ -21,7 +21,6 @@ Standard errors are over photographs, not patches. A trained method is a file of
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import json
 import os
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common, vsc_images
+from benchmarks import common, vsc_images, vsc_report
 from benchmarks.vsc_measures import measure
 from benchmarks.vsc_methods import METHODS, Setting, programs
 from pyro_sparse import infer
@@ -204,7 +203,7 @@ def tested(file: Path, part: str, count: int | None) -> dict[str, Any]:
     found = {**settings, "part": part, "measuring_seconds": round(time.perf_counter() - begun, 1),
              **found}  # fmt: skip
     common.write(file.with_suffix(f".{part}.json"), found)
-    shown = {key: value for key, value in found.items() if key not in ("by_picture",)}
+    shown = {key: value for key, value in found.items() if key not in ("by_picture", "used")}
     print(json.dumps(shown), flush=True)
     return found
 
@@ -241,7 +240,9 @@ def main() -> None:
     training.add_argument("--validate", action="store_true", help="measure on validation data")
     training.add_argument("--part", type=int, help="so many validation data")
     table = commands.add_parser("table")
-    table.set_defaults(run=lambda options: __import__("benchmarks.vsc_report", fromlist=["x"]).table(options))
+    table.set_defaults(
+        run=lambda o: vsc_report.table(o.out, o.kind, SHIPPED[o.kind], WEIGHTS[o.kind])
+    )
     table.add_argument("kind", choices=("linear", "fashion"))
     table.add_argument("--out", type=Path, default=Path("vsc"))
     evaluating = commands.add_parser("evaluate")

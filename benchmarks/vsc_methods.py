@@ -61,6 +61,7 @@ POINT_SCALE = 1.28 / 20
 GAMMA_WEIGHT = 0.1
 """Published factor on the KL of the threshold."""
 DRAWS = 20
+KL_START = 0.1
 WARM = 0.1
 """Part of the steps in which noise or temperature reach their final values."""
 SCALES = {dist.Laplace: LAPLACE_SCALE, dist.Normal: NORMAL_SCALE}
@@ -154,7 +155,7 @@ class Method:
         return GammaThresholdPosterior(sampled=not integrated, base=self.base)
 
     def guide(self, network: nn.Module, width: int, atoms: int) -> Thresholded:
-        """The encoder, started at the prior whatever the data."""
+        """The encoder; its heads start at the prior, but for weights as torch makes them."""
         family: Any = self.family()
         heads = Heads(network, width, atoms, family.names)
         start = {
@@ -165,14 +166,13 @@ class Method:
             "log_rate": math.log(3.0 / GAMMA[self.base]),
         }
         for name, head in heads.heads.items():
-            nn.init.normal_(head.weight, std=1e-2 / math.sqrt(width))
             nn.init.constant_(head.bias, start[name])
         return Thresholded(heads, family)
 
     def objective(self, steps: int) -> tuple[SparseELBO, Sequence[Warmup], Any]:
         """Objective of a training of so many steps, its warm-ups, and a wrapper of the model."""
         moving: Any = 1.0
-        callbacks = []
+        callbacks: list[Warmup] = []
         length = max(int(WARM * steps), 1)
         if self.warmed is not None:
             start, end = self.warmed
@@ -191,8 +191,17 @@ class Method:
             bound=BestOf(as_published=True) if self.best else Mean(),
             base_kl=self.kind in ("threshold", "gamma"),
             num_plates=1,
+            kl_weight=self._kl_weight(length, callbacks),
         )
         return elbo, callbacks, Downweighted if self.kind == "gamma" else (lambda model: model)
+
+    def _kl_weight(self, length: int, callbacks: list[Warmup]) -> float | Scheduled:
+        """Warmed up for the objectives of this library: published ones do without."""
+        if self.published or self.kind != "gates":
+            return 1.0
+        weight = Scheduled(LinearRamp(KL_START, 1.0, num_steps=2 * length))
+        callbacks.append(Warmup(weight))
+        return weight
 
     def weighable(self, model: Model, guide: Thresholded) -> tuple[nn.Module, Thresholded]:
         """Model and guide for log-weights: a threshold is integrated out where that is possible."""
