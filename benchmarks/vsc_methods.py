@@ -106,7 +106,7 @@ class Method:
         estimator: Makes the estimator, of a ``Scheduled`` for what is warmed up.
         best: Train with the best of the draws, "max-ELBO", instead of their mean.
         published: Whether it is one of the published sparse methods.
-        unrolled: Whether its encoder is an unrolled solver on the model's atoms.
+        mlp: Whether a network of two hidden layers takes the place of the unrolled encoder.
         warmed: Value of that at the start and after the first tenth of the steps.
     """
 
@@ -116,7 +116,7 @@ class Method:
     best: bool = False
     published: bool = False
     warmed: tuple[float, float] | None = None
-    unrolled: bool = False
+    mlp: bool = False
 
     @property
     def prior_variance(self) -> float:
@@ -238,7 +238,10 @@ METHODS: dict[str, Method] = {
     },
     "exact-gaussian": Method(dist.Normal, "gates", lambda _: Exact()),
     "exact-laplace": Method(dist.Laplace, "gates", lambda _: Exact()),
-    "exact-unrolled": Method(dist.Normal, "gates", lambda _: Exact(), unrolled=True),
+    "exact-gaussian-mlp": Method(dist.Normal, "gates", lambda _: Exact(), mlp=True),
+    "threshold-laplace-max-mlp": Method(
+        dist.Laplace, "threshold", _released, best=True, published=True, warmed=(0.1, 1.0), mlp=True
+    ),
     "implicit-gaussian": Method(dist.Normal, "gates", lambda _: ImplicitMixed()),
     "implicit-laplace": Method(dist.Laplace, "gates", lambda _: ImplicitMixed()),
 }
@@ -288,12 +291,13 @@ class Setting:
         return flat.reshape(*codes.shape[:-1], -1)
 
 
-WIDTH, ATOM_NORM = 256, 3.0
+WIDTH, DEPTH, ATOM_NORM = 192, 8, 3.0
 SETTINGS = {
     "linear": Setting(
         "linear", 256, 1.28, 100,
         methods=tuple(name for name in METHODS if not name.startswith("implicit")),
-        betas=(0.9, 0.999), default_rates=(1e-3, 1e-2), special_rates={},
+        betas=(0.9, 0.999), default_rates=(1e-2, 1e-2),
+        special_rates={"exact-gaussian-mlp": (1e-3, 1e-2), "threshold-laplace-max-mlp": (1e-3, 3e-2)},
     ),
     "fashion": Setting(
         "fashion", 64, 3.92, 128,
@@ -320,15 +324,43 @@ def programs(setting: Setting, method: Method) -> tuple[Any, Any]:
         return model, UnrolledFISTA(
             dictionary, likelihood, model.prior, num_steps=30, shrinkage=Proximal()
         )
-    if method.unrolled:
-        solver = Unrolled(dictionary, likelihood, num_steps=8)
+    if not method.mlp:
+        return model, Thresholded(Solver(dictionary, likelihood, method), method.family())
+    return model, method.guide(Beside(256, WIDTH), 256 + WIDTH, setting.atoms)
+
+
+class Solver(nn.Module):
+    """An unrolled solver on the model's atoms; more evidence of a code lowers its threshold."""
+
+    names = ("loc", "log_scale", "logits", "log_concentration", "log_rate")
+
+    def __init__(self, dictionary: Dense, likelihood: Gaussian, method: Method) -> None:
+        super().__init__()
         prior = dist.Laplace(0.0, LAPLACE_SCALE)
-        encoder = UnrolledEncoder(
-            solver, prior, init_probs=PROBS, init_scale=NORMAL_SCALE
-        )
-        return model, Thresholded(encoder, method.family())
-    layers = [nn.Linear(256, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
-    return model, method.guide(nn.Sequential(*layers), WIDTH, setting.atoms)
+        self.encoder = UnrolledEncoder(
+            Unrolled(dictionary, likelihood, num_steps=DEPTH), prior, init_probs=PROBS,
+            init_scale=SCALES[method.base] * (math.sqrt(2) if method.base is dist.Laplace else 1),
+        )  # fmt: skip
+        self.shape = nn.Parameter(torch.full((dictionary.num_atoms,), math.log(3.0)))
+        self.mean = nn.Parameter(torch.full_like(self.shape, math.log(GAMMA[method.base])))
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        emitted: dict[str, Tensor] = self.encoder(y, mask)
+        gain = emitted["logits"] - math.log(PROBS / (1 - PROBS))
+        shape = self.shape.expand_as(gain)
+        return {**emitted, "log_concentration": shape, "log_rate": shape - self.mean + gain}
+
+
+class Beside(nn.Module):
+    """Hidden layers and the data themselves beside their output: heads have a linear path too."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        layers = [nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.cat([y, self.layers(y)], -1)
 
 
 def convolutional(atoms: int) -> tuple[nn.Module, nn.Module, int]:
