@@ -296,7 +296,7 @@ SETTINGS = {
     "linear": Setting(
         "linear", 256, 1.28, 100,
         methods=tuple(name for name in METHODS if not name.startswith("implicit")),
-        betas=(0.9, 0.999), default_rates=(1e-2, 1e-2),
+        betas=(0.9, 0.999), default_rates=(1e-2, 3e-2),
         special_rates={"exact-gaussian-mlp": (1e-3, 1e-2), "threshold-laplace-max-mlp": (1e-3, 3e-2)},
     ),
     "fashion": Setting(

@@ -90,7 +90,7 @@ def table(
     used = rows[key]["used"]
     for row in rows.values():
         for part in ("used", "by_picture", "kind", "storage"):
-            row.pop(part)
+            row.pop(part, None)
     content = common.record(
         f"python -m benchmarks.vsc table {kind} --out FOLDER", 0, begun, **found, rows=rows
     )
