@@ -133,8 +133,8 @@ def draw(
         for axis in axes.flat:
             axis.set_axis_off()
         for axis, k in zip(axes.flat, chosen.tolist(), strict=False):
-            atom = atoms[k].reshape(vsc_images.SIDE, -1)
-            top = float(atom.abs().max())
+            atom = atoms[k].reshape(vsc_images.SIDE, -1).numpy()
+            top = float(np.abs(atom).max())
             axis.imshow(atom, cmap="gray", vmin=-top, vmax=top)
     figure.savefig(file, dpi=100)
     plt.close(figure)

@@ -75,6 +75,18 @@ def test_every_method_makes_a_step(name):
         assert values == sorted(values) and all(math.isfinite(value) for value in values)
 
 
+@pytest.mark.parametrize("name", ["threshold-gaussian-max", "implicit-gaussian"])
+def test_garments_are_decoded_by_the_published_network(name, tmp_path):
+    setting, y = Setting.of("fashion"), torch.rand(8, 784)
+    model, guide, found = vsc.fit(setting, name, y, steps=2, batch=4, seed=0)
+    file = tmp_path / "w.safetensors"
+    vsc.store(file, model, guide, {"kind": "fashion", "method": name, **found})
+    assert file.stat().st_size < 1e6
+    _, _, model, guide, _ = vsc.restore(file)
+    measured = vsc_measures.measure(setting, METHODS[name], model, guide, y[:4], 1)
+    assert math.isfinite(measured["bound"]["J=100"][0])
+
+
 def test_a_gamma_threshold_integrated_out_gives_no_lower_bound_than_a_drawn_one():
     setting, method = Setting.of("linear"), METHODS["threshold-laplace-gamma-mean"]
     torch.manual_seed(0)
