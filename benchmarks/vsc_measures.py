@@ -85,9 +85,7 @@ def measure(
     means = {name: clustered(torch.cat(values), together) for name, values in parts.items()}
     varies = totals["square"] / len(y) - (totals["mean"] / len(y)).square()
     used = varies > USED * method.prior_variance
-    bound = {
-        f"J={count}": [round(v, 3) for v in means[f"bound {count}"][:2]] for count in BOUNDS
-    }
+    bound = {f"J={count}": [round(v, 3) for v in means[f"bound {count}"][:2]] for count in BOUNDS}
     return {
         "bound": bound,
         "squared_error_per_pixel": {

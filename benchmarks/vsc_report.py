@@ -82,10 +82,14 @@ def table(
     atoms = None
     if kind == "linear":
         for name, row in rows.items():
-            tensors, _ = common.load_weights(folder / f"{kind}-{row['method']}-{row['seed']}.safetensors")
+            tensors, _ = common.load_weights(
+                folder / f"{kind}-{row['method']}-{row['seed']}.safetensors"
+            )
             own = tensors[next(n for n in tensors if n.startswith("model.dictionary"))].float()
             row["gabor"] = gabors(own, row["used"]) if name in (key, best) else None
-            row["median_norm_of_used_atoms"] = round(float(own[row["used"]].norm(dim=1).median()), 2)
+            row["median_norm_of_used_atoms"] = round(
+                float(own[row["used"]].norm(dim=1).median()), 2
+            )
             atoms = own if name == key else atoms
     used = rows[key]["used"]
     for row in rows.values():
@@ -107,7 +111,9 @@ def draw(
     """Bounds of all methods, and atoms of the reference."""
     bounded = {name: row for name, row in rows.items() if "bound" in row}
     figure = plt.figure(figsize=(11 if atoms is not None else 7, 5.6), layout="constrained")
-    panels = figure.subfigures(1, 2 if atoms is not None else 1, width_ratios=(1.1, 1)[: 2 if atoms is not None else 1])
+    panels = figure.subfigures(
+        1, 2 if atoms is not None else 1, width_ratios=(1.1, 1)[: 2 if atoms is not None else 1]
+    )
     left = panels[0] if atoms is not None else panels
     axis = left.subplots()
     order = sorted(bounded, key=lambda name: bounded[name]["bound"]["J=100"][0])
@@ -119,7 +125,9 @@ def draw(
         values = [row["bound"][count][0] for count in ("J=1", "J=20", "J=100")]
         axis.plot(values, [line] * 3, color=colour, linewidth=1)
         axis.scatter(values, [line] * 3, s=(10, 22, 40), color=colour, zorder=3)
-    axis.set_yticks(range(len(order)), [name.removesuffix(", seed 0") for name in order], fontsize=8)
+    axis.set_yticks(
+        range(len(order)), [name.removesuffix(", seed 0") for name in order], fontsize=8
+    )
     axis.set_xlabel("importance-weighted bound, nats a datum (1, 20, 100 draws)", fontsize=9)
     for colour, label in (("C0", "this library"), ("C1", "published, sparse"), ("C7", "dense")):
         axis.scatter([], [], color=colour, label=label)

@@ -106,7 +106,7 @@ def test_from_training_to_table_and_evaluation(tmp_path, monkeypatch):
     for name in ("exact-gaussian", "threshold-laplace-max", "fista"):
         model, guide, found = vsc.fit(setting, name, y, steps=3, batch=20, seed=0)
         settings = {
-            "kind": "linear", "method": name, "seed": 0, "scale": 2.0, "storage": "float16", **found,
+            "kind": "linear", "method": name, "seed": 0, "scale": 2.0, **found,
         }  # fmt: skip
         file = tmp_path / f"linear-{name}-0.safetensors"
         vsc.store(file, model, guide, settings)
@@ -122,7 +122,9 @@ def test_from_training_to_table_and_evaluation(tmp_path, monkeypatch):
     assert gap[0] == pytest.approx(values[0] - values[1], abs=2e-3)
     assert (tmp_path / "results" / "vsc_linear.png").stat().st_size > 1000
 
-    np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).integers(0, 255, (3, 40, 40), np.uint8))
+    np.savez(
+        tmp_path / "x.npz", images=np.random.default_rng(0).integers(0, 255, (3, 40, 40), np.uint8)
+    )
     options = argparse.Namespace(
         weights=weights, images=tmp_path / "x.npz", json=tmp_path / "out.json", patches=4
     )
