@@ -106,6 +106,7 @@ class Method:
         kind: Which law: "dense", "gates", "threshold", "gamma", or "point" (MAP, no law).
         estimator: Makes the estimator, of a ``Scheduled`` for what is warmed up.
         best: Train with the best of the draws, "max-ELBO", instead of their mean.
+        draws: Of every datum at a step, where they are not the estimator's own.
         published: Whether it is one of the published sparse methods.
         mlp: Whether a network of two hidden layers takes the place of the unrolled encoder.
         warmed: Value of that at the start and after the first tenth of the steps.
@@ -115,6 +116,7 @@ class Method:
     kind: str
     estimator: Callable[[Any], Estimator]
     best: bool = False
+    draws: int = DRAWS
     published: bool = False
     warmed: tuple[float, float] | None = None
     mlp: bool = False
@@ -188,7 +190,7 @@ class Method:
         sampled = isinstance(estimator, StraightThrough | Concrete) or self.kind == "dense"
         elbo = SparseELBO(
             estimator,
-            num_samples=DRAWS if sampled and not isinstance(estimator, Exact) else None,
+            num_samples=self.draws if sampled and not isinstance(estimator, Exact) else None,
             bound=BestOf(as_published=True) if self.best else Mean(),
             base_kl=self.kind in ("threshold", "gamma"),
             num_plates=1,
@@ -215,10 +217,10 @@ def _released(noise: Any) -> Estimator:
     return StraightThrough(as_released=True, noise=noise)
 
 
-def _published(base: type, kind: str, *, best: bool) -> Method:
+def _published(base: type, kind: str, *, best: bool, draws: int = DRAWS) -> Method:
     # Published: noise of the Laplace base is warmed up, that of the normal one is not.
     warmed = (0.1, 1.0) if base is dist.Laplace else None
-    return Method(base, kind, _released, best=best, published=True, warmed=warmed)
+    return Method(base, kind, _released, best=best, draws=draws, published=True, warmed=warmed)
 
 
 def _concrete(*, best: bool) -> Method:
@@ -243,6 +245,8 @@ METHODS: dict[str, Method] = {
     "threshold-laplace-max-mlp": Method(
         dist.Laplace, "threshold", _released, best=True, published=True, warmed=(0.1, 1.0), mlp=True
     ),
+    "threshold-gaussian-max-of-5": _published(dist.Normal, "threshold", best=True, draws=5),
+    "threshold-laplace-max-of-5": _published(dist.Laplace, "threshold", best=True, draws=5),
     "implicit-gaussian": Method(dist.Normal, "gates", lambda _: ImplicitMixed()),
     "implicit-laplace": Method(dist.Laplace, "gates", lambda _: ImplicitMixed()),
 }
@@ -296,7 +300,7 @@ WIDTH, DEPTH, ATOM_NORM = 192, 8, 3.0
 SETTINGS = {
     "linear": Setting(
         "linear", 256, 1.28, 100,
-        methods=tuple(name for name in METHODS if not name.startswith("implicit")),
+        methods=tuple(n for n in METHODS if not n.startswith("implicit") and "-of-" not in n),
         betas=(0.9, 0.999), default_rates=(1e-2, 3e-2),
         special_rates={
             "exact-gaussian-mlp": (1e-3, 1e-2),
@@ -304,8 +308,11 @@ SETTINGS = {
         },
     ),
     "fashion": Setting(
-        "fashion", 64, 3.92, 128,
-        methods=("threshold-gaussian-max", "threshold-laplace-max", "implicit-gaussian"),
+        "fashion", 64, 3.92, 32,
+        methods=(
+            "threshold-gaussian-max", "threshold-gaussian-max-of-5", "threshold-laplace-max-of-5",
+            "implicit-gaussian",
+        ),
         betas=(0.5, 0.999), default_rates=(1e-3, 1e-3), special_rates={},
     ),
 }  # fmt: skip
