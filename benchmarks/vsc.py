@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from benchmarks import common, vsc_images, vsc_report
 from benchmarks.vsc_measures import measure
-from benchmarks.vsc_methods import METHODS, Setting, programs
+from benchmarks.vsc_methods import METHODS
+from benchmarks.vsc_settings import Setting, programs
 from pyro_sparse import infer
 
 SECONDS = {"linear": 25.0, "fashion": 120.0}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.vsc_methods import Method, Setting
+from benchmarks.vsc_methods import Method
+from benchmarks.vsc_settings import Setting
 from pyro_sparse import infer
 
 SAMPLES, SHOWN, CHUNK = 100, 20, 100

@@ -11,7 +11,8 @@ import torch
 from scipy import integrate, stats
 
 from benchmarks import common, vsc, vsc_images, vsc_measures, vsc_report
-from benchmarks.vsc_methods import GAMMA, METHODS, SCALES, SHIFTED, Setting, programs
+from benchmarks.vsc_methods import GAMMA, METHODS, SCALES, SHIFTED
+from benchmarks.vsc_settings import Setting, programs
 
 
 def test_whitening_multiplies_a_wave_by_the_published_gain():
