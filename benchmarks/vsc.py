@@ -38,6 +38,8 @@ from pyro_sparse import infer
 
 SECONDS = {"linear": 25.0, "fashion": 120.0}
 EPOCHS_FULL = 300
+BLOCK = 20
+"""Garments in succession whose means are compared; they are independent."""
 SHIPPED = {"linear": "exact-gaussian", "fashion": "implicit-gaussian"}
 WEIGHTS = {
     "linear": Path("benchmarks/weights/vsc-linear-exact.safetensors"),
@@ -151,7 +153,7 @@ def data_of(kind: str, part: str, scale: float | None = None) -> tuple[Tensor, f
     if not folder:
         raise SystemExit("PYRO_SPARSE_DATA is not set: it names the folder of the data sets")
     if kind == "fashion":
-        return vsc_images.garments(Path(folder), part), 1.0, 1
+        return vsc_images.garments(Path(folder), part), 1.0, BLOCK
     each, seed = {"train": (232, 0), "validation": (20, 1), "test": (20, 2)}[part]
     found = vsc_images.split(Path(folder), part, each, seed)
     scale = float(found.std()) if scale is None else scale

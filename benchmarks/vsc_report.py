@@ -86,7 +86,7 @@ def table(
                 folder / f"{kind}-{row['method']}-{row['seed']}.safetensors"
             )
             own = tensors[next(n for n in tensors if n.startswith("model.dictionary"))].float()
-            row["gabor"] = gabors(own, row["used"]) if name in (key, best) else None
+            row["gabor"] = gabors(own, row["used"]) if name == key else None
             row["median_norm_of_used_atoms"] = round(
                 float(own[row["used"]].norm(dim=1).median()), 2
             )
