@@ -74,7 +74,8 @@ def table(
     )
     for name, row in rows.items():
         if "bound" in row and name != key:
-            row["bound_less_reference"] = paired(row, rows[key])
+            other = rows.get(f"{reference}, seed {row['seed']}", rows[key])
+            row["bound_less_reference"] = paired(row, other)
     stored = folder / f"{kind}-{reference}-0.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(stored, weights)
@@ -128,7 +129,7 @@ def draw(
     axis.set_yticks(
         range(len(order)), [name.removesuffix(", seed 0") for name in order], fontsize=8
     )
-    axis.set_xlabel("importance-weighted bound, nats a datum (1, 20, 100 draws)", fontsize=9)
+    axis.set_xlabel("bound, nats a datum (1, 20, 100 draws)", fontsize=9)
     for colour, label in (("C0", "this library"), ("C1", "published, sparse"), ("C7", "dense")):
         axis.scatter([], [], color=colour, label=label)
     axis.legend(fontsize=8, loc="lower right", frameon=False)
