@@ -6,10 +6,11 @@
 
 ``linear``: whitened 16x16 patches of photographs, 256 atoms of free norm, noise variance 1.28, an
 unrolled encoder on the model's atoms for every method. ``fashion``: garments, the published
-convolutional decoder and a smaller encoder, 64 codes, noise variance 3.92. Prior inclusion is 10 % throughout. Every method trains for the same processor
-time on one thread (``--seconds``; the number of steps follows from a short calibration and is
-recorded: ``--steps`` repeats a run), with Adam on a one-cycle schedule; learning rates were chosen
-on validation patches (those of ``fashion`` were tried once, not compared). ``--full`` is the published length, 300 epochs.
+convolutional decoder and a smaller encoder, 64 codes, noise variance 3.92. Prior inclusion is 10 %
+throughout. Every method trains for the same processor time on one thread (``--seconds``; the number
+of steps follows from a short calibration and is recorded: ``--steps`` repeats a run), with Adam on
+a one-cycle schedule; learning rates were chosen on validation patches (those of ``fashion`` were
+tried once, not compared). ``--full`` is the published length, 300 epochs.
 
 Measured on held-out pictures, from 100 draws for each: the importance-weighted bound with true
 mixed log-weights, squared error of single draws, of the best of 20, and of the posterior mean,

@@ -132,7 +132,7 @@ def draw(
     axis.set_xlabel("bound, nats a datum (1, 20, 100 draws)", fontsize=9)
     for colour, label in (("C0", "this library"), ("C1", "published, sparse"), ("C7", "dense")):
         axis.scatter([], [], color=colour, label=label)
-    axis.legend(fontsize=8, loc="lower right", frameon=False)
+    axis.legend(fontsize=8, loc="best", frameon=False)
     if atoms is not None:
         right = panels[1]
         norms = atoms[used].norm(dim=1)
