@@ -17,7 +17,7 @@ from pyro_sparse.likelihoods import Likelihood
 from pyro_sparse.models.program import CodesProgram, Decode
 
 SMALL = 1e-8
-"""Added to the squared norm of codes, as published: codes that are all zero have a direction too."""
+"""Added to the squared norm of codes, as published: what is all zero has a direction too."""
 
 
 class DiscriminativeSparseCoding(CodesProgram):
@@ -191,6 +191,4 @@ class DiscriminativeSparseCoding(CodesProgram):
             )
 
 
-register_savable(
-    DiscriminativeSparseCoding, name="pyro_sparse.models.DiscriminativeSparseCoding"
-)
+register_savable(DiscriminativeSparseCoding, name="pyro_sparse.models.DiscriminativeSparseCoding")

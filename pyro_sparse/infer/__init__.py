@@ -26,8 +26,8 @@ from pyro_sparse.infer.log_weights import LogWeights, log_weights
 from pyro_sparse.infer.noise import NoiseEM
 from pyro_sparse.infer.perceptual import PerceptualLoss, ms_ssim
 from pyro_sparse.infer.phases import Phase, Update
-from pyro_sparse.infer.published import Concrete, StraightThrough, SubGradient
 from pyro_sparse.infer.projections import Project
+from pyro_sparse.infer.published import Concrete, StraightThrough, SubGradient
 from pyro_sparse.infer.schedules import (
     Constant,
     Cyclic,

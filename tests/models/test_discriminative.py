@@ -189,7 +189,8 @@ def planted(size: int = 300) -> tuple[Tensor, Tensor]:
 def test_two_phases_lower_the_error_and_keep_the_constraints() -> None:
     y, label = planted()
     torch.manual_seed(0)
-    dictionary, likelihood, prior = Dense(6, 10, unit_norm=False), Gaussian(0.4), dist.Exponential(1.0)
+    dictionary, likelihood = Dense(6, 10, unit_norm=False), Gaussian(0.4)
+    prior = dist.Exponential(1.0)
     model = DiscriminativeSparseCoding(dictionary, likelihood, prior, num_classes=2)
     guide = UnrolledFISTA.recurrent(dictionary, likelihood, prior, num_steps=5)
     constraints = [
