@@ -96,11 +96,11 @@ class DrSAE(nn.Module):
         )
         return [Project(rows, max_norm=bound, every=every) for rows, bound in bounds]
 
-    def rates(self, lr: float) -> dict[int, float]:
-        """Learning rates by parameter: divided by how often it is used, the classifier's by 5."""
-        uses = {self.encoder: self.layers, self.bias: self.layers, self.decoder: 1}
+    def rates(self, lr: float, *, classifier: float = 5.0) -> dict[int, float]:
+        """Learning rates by parameter: divided by how often it is used, as published."""
+        uses: dict[Tensor, float] = {self.encoder: self.layers, self.bias: self.layers, self.decoder: 1}
         uses |= {self.recurrence: max(self.layers - 1, 1)}
-        uses |= {self.model.class_weights: 5, self.model.class_bias: 5}
+        uses |= {self.model.class_weights: classifier, self.model.class_bias: classifier}
         return {id(parameter): lr / times for parameter, times in uses.items()}
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ def phases(
 ) -> list[Phase]:
     """First the data alone, then data and labels."""
     # Published gradients are sums over a minibatch; of Adam's steps the size does not matter.
-    rates = net.rates(lr * batch_size if full else lr)
+    rates = net.rates(lr * batch_size) if full else net.rates(lr, classifier=1.0)
     kind = torch.optim.SGD if full else torch.optim.Adam
 
     def optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -355,10 +355,10 @@ def main(arguments: list[str] | None = None) -> None:
         return evaluate(options)
     torch.set_num_threads(options.threads)
     full = getattr(options, "full", False)
-    options.epochs = options.epochs or ([100, 400] if full else [15, 60])
+    options.epochs = options.epochs or ([100, 400] if full else [6, 30])
     options.batch_size = options.batch_size or (10 if full else 100)
     published = 1e-2 if getattr(options, "layers", 11) == 2 else 5e-3
-    options.lr = options.lr or (published if full else 1e-3)
+    options.lr = options.lr or (published if full else 3e-3)
     return train(options) if options.command == "train" else feed_forward(options)
 
 
