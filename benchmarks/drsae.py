@@ -104,6 +104,11 @@ class DrSAE(nn.Module):
         return {id(parameter): lr / times for parameter, times in uses.items()}
 
     @torch.no_grad()
+    def angles(self) -> Tensor:
+        """Between what a unit looks for and what it draws, in radians."""
+        return nn.functional.cosine_similarity(self.encoder, self.decoder).clamp(-1, 1).acos()
+
+    @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:
         """Of the classes, shape ``(n, 10)``."""
         logits = [self.model.logits(self.guide.encode(part)) for part in x.split(1000)]
@@ -177,9 +182,12 @@ class Watch(infer.Callback):
     def __init__(self, net: DrSAE, x: Tensor, label: Tensor, every: int) -> None:
         self.net, self.x, self.label, self.every = net, x, label, every
         self.found: list[list[float]] = []
+        self.first_angles: list[float] = []
         self.began = time.process_time()
 
     def after_epoch(self, progress: infer.Progress) -> None:
+        if progress.phase == 0:
+            self.first_angles = [round(float(angle), 3) for angle in self.net.angles()]
         if progress.epoch % self.every == 0:
             error = scores(self.net.probabilities(self.x), self.label)["error"]
             self.found.append([progress.epoch, error])
@@ -257,6 +265,7 @@ def train(options: argparse.Namespace) -> None:
         validation=scores(net.probabilities(held), held_label),
         validation_before_storage=before,
         validation_by_epoch=watch.found,
+        angles_after_first_phase=watch.first_angles,
         loss_by_epoch=[round(loss, 3) for loss in history.epoch_loss],
         cpu_seconds=round(time.process_time() - watch.began, 1),
     )
