@@ -3,7 +3,8 @@
     PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae train --units 200 --layers 11 --seed 0
     PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae feed-forward --units 200 --seed 0
     python -m benchmarks.drsae evaluate --weights F --data X.npz --json OUT
-    PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae analyse --weights F
+    python -m benchmarks.drsae compare --first OUT --second OUT --json OUT
+    PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae analyse --weights F --figures STEM --json OUT
 
 A point guide that is a recurrent net encodes digits of unit norm; a first phase trains model and
 guide on the data alone, a second on data and labels. Training digits are the first 50,000 of MNIST,
@@ -20,125 +21,27 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
+import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from benchmarks import common
+from benchmarks import common, drsae_analysis
+from benchmarks.drsae_net import CLASSES, PIXELS, DrSAE
 from pyro_sparse import infer
-from pyro_sparse.dictionaries import Dense
-from pyro_sparse.guides import UnrolledFISTA
-from pyro_sparse.infer import Phase, Project, SparseELBO, Update, Without
-from pyro_sparse.likelihoods import Gaussian
-from pyro_sparse.models import DiscriminativeSparseCoding
+from pyro_sparse.infer import Phase, SparseELBO, Update, Without
 
-PRECISION, RATE = 5.0, 0.09
-"""Published weights of half the squared error and of the sum of codes; that of the label is 1."""
-CLASS_NORM = 5.0
-CLASSES, PIXELS, TRAINED = 10, 784, 50_000
+TRAINED = 50_000
 PUBLISHED = {(200, 2): 1.49, (200, 11): 1.21, (400, 11): 1.08}
 """Test errors in percent, of all 10,000 test digits."""
-
-
-class DrSAE(nn.Module):
-    """Model and guide of the published net."""
-
-    def __init__(self, units: int, layers: int, atoms: Tensor | None = None) -> None:
-        super().__init__()
-        self.units, self.layers = units, layers
-        dictionary = Dense(units, PIXELS, atoms=atoms, unit_norm=False)
-        likelihood, prior = Gaussian(PRECISION**-0.5), dist.Exponential(RATE)
-        self.model = DiscriminativeSparseCoding(dictionary, likelihood, prior, num_classes=CLASSES)
-        self.guide = UnrolledFISTA.recurrent(
-            dictionary, likelihood, prior, num_steps=layers, step_size=1.25 / layers / PRECISION
-        )
-
-    @classmethod
-    def start(cls, units: int, layers: int, x: Tensor) -> DrSAE:
-        """As published: atoms are noise and a quarter of a training digit, biases near zero."""
-        noise = torch.empty(units, PIXELS).uniform_(-1, 1) / units**0.5
-        net = cls(units, layers, nn.functional.normalize(noise + 0.25 * x[:units]))
-        with torch.no_grad():
-            net.bias.fill_(1e-5)
-        return net
-
-    @property
-    def decoder(self) -> nn.Parameter:
-        """Atoms, one a row."""
-        return self.model.dictionary.atoms  # type: ignore[return-value]
-
-    @property
-    def encoder(self) -> nn.Parameter:
-        return self.guide.encoder.analysis.atoms  # type: ignore[union-attr,return-value]
-
-    @property
-    def recurrence(self) -> nn.Parameter:
-        return self.guide.encoder.recurrence.weight  # type: ignore[union-attr,return-value]
-
-    @property
-    def bias(self) -> nn.Parameter:
-        return self.guide.encoder.shrinkage.bias  # type: ignore[return-value]
-
-    def constraints(self, every: int) -> list[Project]:
-        bounds = (
-            (self.decoder, 1.0),
-            (self.encoder, max(0.1, 1.25 / self.layers)),
-            (self.model.class_weights, CLASS_NORM),
-        )
-        return [Project(rows, max_norm=bound, every=every) for rows, bound in bounds]
-
-    def rates(self, lr: float, *, classifier: float = 5.0) -> dict[int, float]:
-        """Learning rates by parameter: divided by how often it is used, as published."""
-        uses: dict[Tensor, float] = {self.encoder: self.layers, self.bias: self.layers, self.decoder: 1}
-        uses |= {self.recurrence: max(self.layers - 1, 1)}
-        uses |= {self.model.class_weights: classifier, self.model.class_bias: classifier}
-        return {id(parameter): lr / times for parameter, times in uses.items()}
-
-    @torch.no_grad()
-    def angles(self) -> Tensor:
-        """Between what a unit looks for and what it draws, in radians."""
-        return nn.functional.cosine_similarity(self.encoder, self.decoder).clamp(-1, 1).acos()
-
-    @torch.no_grad()
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Of the classes, shape ``(n, 10)``."""
-        logits = [self.model.logits(self.guide.encode(part)) for part in x.split(1000)]
-        return torch.cat(logits).softmax(-1)
-
-    def save(self, file: Path, settings: dict[str, Any]) -> None:
-        tensors = {}
-        for name, rows in (("encoder", self.encoder), ("decoder", self.decoder)):
-            scale = rows.detach().abs().amax(1, keepdim=True) / 127
-            tensors[name] = (rows.detach() / scale).round().to(torch.int8)
-            tensors[name + "_scale"] = scale
-        rest = {"recurrence": self.recurrence, "bias": self.bias}
-        rest |= {"class_weights": self.model.class_weights, "class_bias": self.model.class_bias}
-        tensors |= {name: tensor.detach().half() for name, tensor in rest.items()}
-        settings = {"units": self.units, "layers": self.layers, **settings}
-        common.save_weights(file, tensors, settings)
-
-    @classmethod
-    def load(cls, file: Path) -> tuple[DrSAE, dict[str, Any]]:
-        tensors, settings = common.load_weights(file)
-        net = cls(settings["units"], settings["layers"])
-        rows = {n: tensors[n].float() * tensors[n + "_scale"] for n in ("encoder", "decoder")}
-        with torch.no_grad():
-            net.encoder.copy_(rows["encoder"])
-            net.decoder.copy_(rows["decoder"])
-            net.recurrence.copy_(tensors["recurrence"])
-            net.bias.copy_(tensors["bias"])
-            net.model.class_weights.copy_(tensors["class_weights"])
-            net.model.class_bias.copy_(tensors["class_bias"])
-        return net, settings
 
 
 def digits(file: Path) -> tuple[Tensor, Tensor]:
@@ -329,6 +232,32 @@ def evaluate(options: argparse.Namespace) -> None:
     common.write(options.json, content)
 
 
+def compare(options: argparse.Namespace) -> None:
+    """McNemar's exact test of two evaluations of the same digits."""
+    first, second = (json.loads(file.read_text()) for file in (options.first, options.second))
+    if first["digits"] != second["digits"]:
+        raise ValueError(f"Expected the same digits, {first['digits']} != {second['digits']}.")
+    wrong, other = set(first["wrong"]), set(second["wrong"])
+    alone = (len(wrong - other), len(other - wrong))
+    p = float(scipy.stats.binomtest(alone[0], sum(alone)).pvalue) if sum(alone) else 1.0
+    content = {"wrong_in_first_alone": alone[0], "wrong_in_second_alone": alone[1], "p": p}
+    print(content)
+    common.write(options.json, content)
+
+
+def analyse(options: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    net, settings = DrSAE.load(options.weights)
+    x, label = digits(data_folder() / "mnist_train.npz")
+    units = drsae_analysis.Units(net, x[TRAINED:], label[TRAINED:])
+    found = drsae_analysis.measure(units)
+    log = options.weights.with_suffix(".json")
+    before = json.loads(log.read_text())["angles_after_first_phase"] if log.exists() else []
+    drsae_analysis.figures(units, found, options.figures, before)
+    command = f"python -m benchmarks.drsae analyse --weights {options.weights.name}"
+    common.write(options.json, common.record(command, settings["seed"], began, **found))
+
+
 def data_folder() -> Path:
     folder = os.environ.get("PYRO_SPARSE_DATA")
     if not folder:
@@ -355,13 +284,20 @@ def main(arguments: list[str] | None = None) -> None:
             sub.add_argument("--watch", type=int, default=5, help="epochs between validations")
         else:
             sub.add_argument("--json", type=Path, required=True)
-    sub = commands.add_parser("evaluate")
-    sub.add_argument("--weights", type=Path, required=True)
-    sub.add_argument("--data", type=Path, required=True)
-    sub.add_argument("--json", type=Path, required=True)
+    files = {
+        "evaluate": ("weights", "data", "json"),
+        "compare": ("first", "second", "json"),
+        "analyse": ("weights", "figures", "json"),
+    }
+    for name, needed in files.items():
+        sub = commands.add_parser(name)
+        for file in needed:
+            sub.add_argument(f"--{file}", type=Path, required=True)
     options = parser.parse_args(arguments)
-    if options.command == "evaluate":
-        return evaluate(options)
+    if options.command in files:
+        return {"evaluate": evaluate, "compare": compare, "analyse": analyse}[options.command](
+            options
+        )
     torch.set_num_threads(options.threads)
     full = getattr(options, "full", False)
     options.epochs = options.epochs or ([100, 400] if full else [6, 30])

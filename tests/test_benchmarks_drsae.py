@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import drsae
+from benchmarks import drsae, drsae_analysis
 
 
 def toy(file: Path, size: int, seed: int) -> None:
@@ -49,6 +49,13 @@ def test_it_learns_and_is_evaluated_from_its_file(data: Path, tmp_path: Path, fu
     assert len(found["wrong"]) == round(found["error"] * 80 / 100)
     net, settings = drsae.DrSAE.load(weights)
     assert (net.units, net.layers, settings["epochs"]) == (20, 3, [1, 30])
+    run("compare", "--first", out, "--second", out, "--json", tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())["p"] == 1
+    stem = tmp_path / "drsae"
+    run("analyse", "--weights", weights, "--figures", stem, "--json", tmp_path / "a.json")
+    analysis = json.loads((tmp_path / "a.json").read_text())
+    assert len(analysis["angles"]) == 20 and len(analysis["by_layer"]["decoder"]) == 3
+    assert len(list(tmp_path.glob("drsae_*.png"))) == 4
     trained = json.loads(weights.with_suffix(".json").read_text())
     assert abs(trained["validation"]["nats"] - trained["validation_before_storage"]["nats"]) < 0.01
 
@@ -94,3 +101,15 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", images=np.zeros((2, 8, 8)), labels=np.zeros(2))
     with pytest.raises(ValueError, match=r"\(n, 28, 28\)"):
         drsae.digits(tmp_path / "b.npz")
+
+
+def test_layers_end_at_the_codes_of_the_guide(data: Path) -> None:
+    x, label = drsae.digits(data / "mnist_train.npz")
+    torch.manual_seed(0)
+    net = drsae.DrSAE.start(20, 5, x)
+    units = drsae_analysis.Units(net, x, label)
+    torch.testing.assert_close(units.codes, net.guide.encode(x).detach())
+    assert torch.equal(units.start > 0, (units.path > 0).any(0))
+    torch.testing.assert_close(drsae_analysis.kept(units, 20), units.codes)
+    assert ((drsae_analysis.kept(units, 3) > 0).sum(1) <= 3).all()
+    assert units.angle.abs().max() < 1e-3  # encoder and decoder start aligned
