@@ -131,7 +131,7 @@ def train(options: argparse.Namespace) -> None:
     held, held_label = x[TRAINED:], label[TRAINED:]
     torch.manual_seed(options.seed)
     order = torch.randperm(min(len(x), TRAINED))
-    net = DrSAE.start(options.units, options.layers, x[order])
+    net = DrSAE.start(options.units, options.layers, x[order], as_published=options.full)
     watch = Watch(net, held, held_label, options.watch)
     history = infer.fit(
         net.model,
@@ -252,7 +252,7 @@ def analyse(options: argparse.Namespace) -> None:
     units = drsae_analysis.Units(net, x[TRAINED:], label[TRAINED:])
     found = drsae_analysis.measure(units)
     log = options.weights.with_suffix(".json")
-    before = json.loads(log.read_text())["angles_after_first_phase"] if log.exists() else []
+    before = json.loads(log.read_text()).get("angles_after_first_phase", []) if log.exists() else []
     drsae_analysis.figures(units, found, options.figures, before)
     command = f"python -m benchmarks.drsae analyse --weights {options.weights.name}"
     common.write(options.json, common.record(command, settings["seed"], began, **found))
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     torch.set_num_threads(options.threads)
     full = getattr(options, "full", False)
-    options.epochs = options.epochs or ([100, 400] if full else [6, 30])
+    options.epochs = options.epochs or ([100, 400] if full else [8, 28])
     options.batch_size = options.batch_size or (10 if full else 100)
     published = 1e-2 if getattr(options, "layers", 11) == 2 else 5e-3
     options.lr = options.lr or (published if full else 3e-3)

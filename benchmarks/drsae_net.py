@@ -36,9 +36,15 @@ class DrSAE(nn.Module):
         )
 
     @classmethod
-    def start(cls, units: int, layers: int, x: Tensor) -> DrSAE:
-        """As published: atoms are noise and a quarter of a training digit, biases near zero."""
-        noise = torch.empty(units, PIXELS).uniform_(-1, 1) / units**0.5
+    def start(cls, units: int, layers: int, x: Tensor, *, as_published: bool = False) -> DrSAE:
+        """Atoms are noise and a quarter of a training digit, biases near zero, as published.
+
+        Noise is in proportion to each pixel's standard deviation; published, it is equal, and what
+        an encoder then holds for pixels that are always dark takes very long to go away.
+        """
+        spread = torch.ones(PIXELS) if as_published else x.std(0)
+        spread = spread / spread.square().mean().sqrt()
+        noise = spread * torch.empty(units, PIXELS).uniform_(-1, 1) / units**0.5
         net = cls(units, layers, nn.functional.normalize(noise + 0.25 * x[:units]))
         with torch.no_grad():
             net.bias.fill_(1e-5)
