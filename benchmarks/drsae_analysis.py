@@ -341,7 +341,7 @@ def _progressive(units: Units, found: dict[str, Any]) -> Any:
             name = f"{source.replace('_', ' ')}, {order}"
             top.plot(KEPT, rows[order][source], style, color=colour, marker=".", label=name)
     top.set(xscale="log", xlabel="units kept", ylabel="class error (%)")
-    top.set_yscale("symlog", linthresh=1)
+    _percent(top)
     top.legend(frameon=False, fontsize=7)
     steps = range(1, len(units.path) + 1)
     layer = found["by_layer"]
@@ -352,6 +352,13 @@ def _progressive(units: Units, found: dict[str, Any]) -> Any:
     other = bottom.twinx()
     other.plot(steps, layer["class_error"], color="k", marker=".", lw=0.8)
     other.set(ylabel="class error (%, black)")
-    other.set_yscale("symlog", linthresh=1)
+    _percent(other)
     other.spines["right"].set_visible(True)
     return figure
+
+
+def _percent(axis: Any) -> None:
+    """Logarithmic above one percent."""
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set_yticks([0, 1, 2, 5, 10, 20, 50], ["0", "1", "2", "5", "10", "20", "50"])
+    axis.minorticks_off()

@@ -40,7 +40,7 @@ def run(*arguments: object) -> None:
 def test_it_learns_and_is_evaluated_from_its_file(data: Path, tmp_path: Path, full: bool) -> None:
     weights, out = tmp_path / "w.safetensors", tmp_path / "out.json"
     options = ["--full", "--checkpoints", tmp_path / "c"] if full else ["--lr", "3e-3"]
-    epochs = ("--epochs", 1, 15)
+    epochs = ("--epochs", 1, 30 if full else 15)
     run("train", "--units", 20, "--layers", 3, *epochs, "--weights", weights, *options)
     run("evaluate", "--weights", weights, "--data", data / "mnist_test.npz", "--json", out)
     found = json.loads(out.read_text())
@@ -48,7 +48,7 @@ def test_it_learns_and_is_evaluated_from_its_file(data: Path, tmp_path: Path, fu
     assert found["digits"] == 80
     assert len(found["wrong"]) == round(found["error"] * 80 / 100)
     net, settings = drsae.DrSAE.load(weights)
-    assert (net.units, net.layers, settings["epochs"]) == (20, 3, [1, 15])
+    assert (net.units, net.layers, settings["epochs"]) == (20, 3, list(epochs[1:]))
     run("compare", "--first", out, "--second", out, "--json", tmp_path / "p.json")
     assert json.loads((tmp_path / "p.json").read_text())["p"] == 1
     stem = tmp_path / "drsae"
