@@ -40,7 +40,7 @@ def run(*arguments: object) -> None:
 def test_it_learns_and_is_evaluated_from_its_file(data: Path, tmp_path: Path, full: bool) -> None:
     weights, out = tmp_path / "w.safetensors", tmp_path / "out.json"
     options = ["--full", "--checkpoints", tmp_path / "c"] if full else ["--lr", "3e-3"]
-    epochs = ("--epochs", 1, 30 if full else 15)
+    epochs = ("--epochs", 1, 30)
     run("train", "--units", 20, "--layers", 3, *epochs, "--weights", weights, *options)
     run("evaluate", "--weights", weights, "--data", data / "mnist_test.npz", "--json", out)
     found = json.loads(out.read_text())
