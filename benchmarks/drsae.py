@@ -5,6 +5,7 @@
     python -m benchmarks.drsae evaluate --weights F --data X.npz --json OUT
     python -m benchmarks.drsae compare --first OUT --second OUT --json OUT
     PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae analyse --weights F --figures STEM --json OUT
+    python -m benchmarks.drsae gather --runs FOLDER --json OUT
 
 A point guide that is a recurrent net encodes digits of unit norm; a first phase trains model and
 guide on the data alone, a second on data and labels. Training digits are the first 50,000 of MNIST,
@@ -267,6 +268,18 @@ def analyse(options: argparse.Namespace) -> None:
     common.write(options.json, common.record(command, settings["seed"], began, **found))
 
 
+def gather(options: argparse.Namespace) -> None:
+    """The records of a folder as one, by the names of their files."""
+    found = {
+        file.stem: json.loads(file.read_text()) for file in sorted(options.runs.glob("*.json"))
+    }
+    if not found:
+        raise FileNotFoundError(f"Expected records, *.json, in {options.runs}, got none.")
+    for record in found.values():
+        record.pop("wrong", None)
+    common.write(options.json, found)
+
+
 def data_folder() -> Path:
     folder = os.environ.get("PYRO_SPARSE_DATA")
     if not folder:
@@ -297,16 +310,16 @@ def main(arguments: list[str] | None = None) -> None:
         "evaluate": ("weights", "data", "json"),
         "compare": ("first", "second", "json"),
         "analyse": ("weights", "figures", "json"),
+        "gather": ("runs", "json"),
     }
+    run = {"evaluate": evaluate, "compare": compare, "analyse": analyse, "gather": gather}
     for name, needed in files.items():
         sub = commands.add_parser(name)
         for file in needed:
             sub.add_argument(f"--{file}", type=Path, required=True)
     options = parser.parse_args(arguments)
     if options.command in files:
-        return {"evaluate": evaluate, "compare": compare, "analyse": analyse}[options.command](
-            options
-        )
+        return run[options.command](options)
     torch.set_num_threads(options.threads)
     full = getattr(options, "full", False)
     options.epochs = options.epochs or ([100, 400] if full else [8, 28])
