@@ -35,7 +35,8 @@ class DiscriminativeSparseCoding(CodesProgram):
 
     A label is *observed* where it is given, *missing* where a given one is -1: it then counts
     nothing, which is what summing over it gives. Without any, the site is latent: drawn, as when
-    predicting, or *enumerated* by ``TraceEnum_ELBO(max_plate_nesting=1)``, for which it is marked.
+    predicting, or *enumerated* by ``TraceEnum_ELBO(max_plate_nesting=1)``, for which it is marked;
+    ``SparseELBO`` refuses it.
     ``fit(..., given={"label": labels})`` hands labels over; a first phase without them is
     ``infer.Without(objective, "label")``.
 

@@ -179,7 +179,9 @@ def fit(
     training.held_out = (
         None
         if early_stopping is None or early_stopping.data is None
-        else open_source(early_stopping.data, early_stopping.mask, None, 0)
+        else open_source(
+            early_stopping.data, early_stopping.mask, None, 0, given=early_stopping.given
+        )
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         # Parts that stand still in a phase are meant to.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_sparse.dictionaries import Dense
-from pyro_sparse.infer import Project, SparseELBO, Without, fit
+from pyro_sparse.infer import EarlyStopping, Project, SparseELBO, Without, fit
 from pyro_sparse.infer.callbacks import Progress
 
 quick = functools.partial(fit, progress=False, epochs=2, batch_size=4)
@@ -47,6 +47,16 @@ def test_each_datum_keeps_its_own(kind) -> None:
         seen, labels = (torch.cat(parts) for parts in zip(*program.calls))
         assert torch.equal(labels, (seen > 4).to(labels))
         assert len(program.calls) >= 6  # three minibatches in each of two epochs
+
+
+def test_validation_data_have_their_own() -> None:
+    y, held = torch.arange(10.0), torch.arange(20.0, 27.0)
+    model, guide = Seen(model=True), Seen(model=False)
+    stopping = EarlyStopping(3, data=held, given={"label": (held > 23).float()})
+    history = quick(model, guide, y, given={"label": y * 0}, early_stopping=stopping)
+    assert len(history.validation_loss) == 2
+    seen, labels = (torch.cat(parts) for parts in zip(*model.calls))
+    assert (seen == 26).any() and torch.equal(labels, (seen > 23).to(labels))
 
 
 def test_what_does_not_fit_is_refused() -> None:

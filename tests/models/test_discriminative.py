@@ -100,6 +100,12 @@ def test_without_the_label_is_the_model_without_it(objective: type) -> None:
     assert objective()(model, guide)(y, 20, label=label) > expected
 
 
+def test_a_latent_label_is_refused_where_it_would_be_drawn() -> None:
+    model, guide, y, _ = make()
+    with pytest.raises(ValueError, match="neither for 'label'"):
+        SparseELBO()(model, guide)(y)
+
+
 def test_masked_samples_say_nothing() -> None:
     model, guide, y, label = make()
     mask = torch.rand(y.shape) < 0.5
