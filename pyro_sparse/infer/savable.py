@@ -196,7 +196,7 @@ def _register_all() -> None:
         name="pyro_sparse.solvers.Unrolled",
         arguments=lambda solver: {
             **listed("dictionary", "likelihood", "num_steps", "method", "shrinkage")(solver),
-            **listed("step_size", "lipschitz", "analysis", "synthesis")(solver),
+            **listed("step_size", "lipschitz", "analysis", "synthesis", "recurrence")(solver),
         },
     )
     place = "pyro_sparse.solvers."
