@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor, nn
 
-from pyro_sparse.infer.integrand import is_gated, leaf
+from pyro_sparse.infer.integrand import has_atom, leaf
 from pyro_sparse.infer.numbers import check_whole
 from pyro_sparse.infer.programs import Apart, kept
 from pyro_sparse.infer.sites import check_sites
@@ -408,7 +408,7 @@ def _place(site: Any) -> Place:
         shape=tuple(frame.size for frame in plates) + event,
         value_shape=tuple(value.shape),
         tied_dims=len(_elementwise(law).event_shape),
-        gated=is_gated(law),
+        gated=has_atom(law),
         dtype=value.dtype,
     )
 
