@@ -230,9 +230,7 @@ class Calibration:
         found = {"ranks": _each(self.pit)}
         if self.active is not None and self.prob_active is not None and self.pit_active is not None:
             found["ranks of active"] = _each(self.pit_active)
-            # Of truth and draws together, each is as likely as any other to be the truth.
-            total = self.prob_active * self.num_samples + self.active.to(self.prob_active)
-            share = (total / (self.num_samples + 1)).clamp(0, 1)
+            share = self._share(self.prob_active, self.active)
             tests = [count_p_value(p, int(a.sum())) for p, a in zip(share.T, self.active.T)]
             found["number active"] = torch.tensor(tests, dtype=torch.float64)
         return found
@@ -269,15 +267,26 @@ class Calibration:
         each = (inside.double() - share * there.double()).sum(1)
         return Coverage(level, share, float(each.square().sum().sqrt()) / count, count)
 
+    def _share(self, prob: Tensor, active: Tensor) -> Tensor:
+        """Of truth and draws together: each is as likely as any other to be the truth."""
+        total = prob * self.num_samples + active.to(prob)
+        return (total / (self.num_samples + 1)).clamp(0, 1)
+
     def reliability(self, **options: int) -> Reliability:
         """Calibration of P(active), see ``reliability``, whose options it takes.
+
+        The share of active ones among truth and draws together is what an exact posterior is
+        calibrated in, however few the draws: that of the draws alone is noisy, and codes that seem
+        active are less often so. Where a probability is known in closed form, hand that to
+        ``reliability``.
 
         Raises:
             ValueError: If values have no atom at zero.
         """
         if self.prob_active is None or self.active is None:
             raise ValueError("Expected values with an atom at zero, got none.")
-        return reliability(self.prob_active, self.active, **options)
+        share = self._share(self.prob_active, self.active)
+        return reliability(share, self.active, **options)
 
 
 def _each(pit: Tensor) -> Tensor:

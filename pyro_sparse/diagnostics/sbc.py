@@ -25,7 +25,8 @@ class SBC:
     """What simulation-based calibration found.
 
     Attributes:
-        sites: Calibration of each latent site, by name, and of ``"log_joint"``.
+        sites: Calibration of each latent site, by name; of sums over each, ``"energy of codes"``
+            and ``"number of codes"`` that are active; and of ``"log_joint"``.
         elements: Which elements of a site's flattened event were ranked, by name.
         num_simulations: Independent simulations.
         num_samples: Draws of the guide at each.
@@ -106,9 +107,10 @@ def sbc(
     as likely as any draw to be the smallest, the second smallest and so on. Ties at an atom are
     broken at random; strict ranks would reject every exact posterior with zeros.
 
-    Ranked are single latent numbers, active ones also among active draws alone, and the log joint
-    density of data and latents, which notices a guide that has not looked at the data. As many
-    truths have to be active as the draws say. All tests together alarm falsely with a probability
+    Ranked are single latent numbers, active ones also among active draws alone; of each site the
+    sum of squares and the number of active elements; and the log joint density of data and latents,
+    which notices a guide that has not looked at the data. As many truths have to be active as the
+    draws say. All tests together alarm falsely with a probability
     of at most ``level``, up to how well the programs state their own densities.
 
     It speaks of data that the model makes: whether real data are such is for ``predictive_check``.
@@ -212,7 +214,7 @@ class _Ranked:
     """What is ranked, read off a run.
 
     Attributes:
-        names: Latent sites, and the log joint density.
+        names: Latent sites, and sums over their elements, and the log joint density.
         elements: Indices into the flattened event of each.
         independent: Whether each datum is a simulation of its own.
     """
@@ -232,16 +234,22 @@ class _Ranked:
                 f"{shape}: what the model observes has to be the data themselves."
             )
         self.independent = all(runs.is_local(name) for name in runs.latent)
-        self.names = [*runs.latent, JOINT]
-        self.elements = {JOINT: torch.arange(1)}
+        self.elements: dict[str, Tensor] = {}
         for name in runs.latent:
             place = runs.places[name]
             total = torch.Size(place.shape).numel() // (len(runs.y) if runs.is_local(name) else 1)
             number = min(total, max_elements)
             self.elements[name] = torch.arange(number) * total // number
+            for sum_of in self._sums(name) if total > 1 else []:
+                self.elements[sum_of] = torch.arange(1)
+        self.elements[JOINT] = torch.arange(1)
+        self.names = [*self.elements]
+
+    def _sums(self, name: str) -> list[str]:
+        return [f"energy of {name}", f"number of {name}"][: 2 if self.atom(name) else 1]
 
     def atom(self, name: str) -> bool:
-        return name != JOINT and self.runs.places[name].gated
+        return name in self.runs.latent and self.runs.places[name].gated
 
     def values(self, run: Run, log_p: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is ranked, each ``(draws, simulations, elements)``."""
@@ -258,6 +266,10 @@ class _Ranked:
             else:
                 value = value.reshape(run.size, 1, -1)
             found[name] = value[..., self.elements[name].to(value.device)]
+            sums = value.square().sum(-1, keepdim=True), (value != 0).double().sum(-1, keepdim=True)
+            found.update(
+                {key: one for key, one in zip(self._sums(name), sums) if key in self.elements}
+            )
         return found
 
 
