@@ -73,9 +73,7 @@ class PredictiveCheck:
     def overall(self) -> dict[str, float]:
         """The same of the mean of a statistic over all data."""
         return {
-            name: float(
-                _tail(self.replicated[name].mean(1), self.observed[name].mean(-1))
-            )
+            name: float(_tail(self.replicated[name].mean(1), self.observed[name].mean(-1)))
             for name in self.replicated
         }
 

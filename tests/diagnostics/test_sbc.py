@@ -117,9 +117,7 @@ def test_gibbs_draws_are_calibrated_where_supports_are_too_many_to_count() -> No
     prior = slab(probs=0.1)
     truth = prior.sample((300, 20))
     y = NOISE(truth @ dictionary.atoms.detach()).sample()
-    found = gibbs(
-        y, dictionary, prior, NOISE, num_samples=10, num_warm_up=60, num_chains=5, thin=8
-    )
+    found = gibbs(y, dictionary, prior, NOISE, num_samples=10, num_warm_up=60, num_chains=5, thin=8)
     draws = found.codes.flatten(0, 1)
     right = Calibration.from_draws(truth, draws)
     assert right.p_value > 1e-3
@@ -267,9 +265,7 @@ def test_reliability_is_that_of_sklearn() -> None:
     prob = torch.rand(500, 3, dtype=F64) ** 2
     active = torch.rand(500, 3) < prob**1.5
     curve = reliability(prob, active)
-    frequency, mean = calibration_curve(
-        active.flatten().numpy(), prob.flatten().numpy(), n_bins=10
-    )
+    frequency, mean = calibration_curve(active.flatten().numpy(), prob.flatten().numpy(), n_bins=10)
     np.testing.assert_allclose(curve.frequency, frequency, atol=1e-12)
     np.testing.assert_allclose(curve.prob, mean, atol=1e-12)
     weight = curve.count.numpy() / 1500
