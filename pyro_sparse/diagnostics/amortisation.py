@@ -28,6 +28,7 @@ class AmortisationGap:
         log_evidence: What both bound, or None if it was not given.
 
     Example:
+        >>> import torch
         >>> gap = AmortisationGap(torch.tensor([-3.0]), torch.tensor([-2.0]), torch.zeros(1), None)
         >>> gap.amortisation
         tensor([1.])
@@ -114,6 +115,7 @@ def amortisation_gap(
 
     Example:
         >>> import pyro
+        >>> import torch
         >>> import pyro.distributions as dist
         >>> def model(y, num_data):
         ...     with pyro.plate("data", len(y)):

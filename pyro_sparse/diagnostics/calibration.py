@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,17 +25,17 @@ class Coverage(NamedTuple):
         level: Probability that they claim.
         share: Share that do, ``nan`` if there are none.
         se: Its standard error; codes of one simulation are not taken for independent.
-        count: Intervals.
+        number: Intervals.
 
     Example:
-        >>> abs(Coverage(0.9, share=0.88, se=0.015, count=400).share - 0.9) < 3 * 0.015
+        >>> abs(Coverage(0.9, share=0.88, se=0.015, number=400).share - 0.9) < 3 * 0.015
         True
     """
 
     level: float
     share: float
     se: float
-    count: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class Calibration:
         total = prob * self.num_samples + active.to(prob)
         return (total / (self.num_samples + 1)).clamp(0, 1)
 
-    def reliability(self, **options: int) -> Reliability:
+    def reliability(self, **options: Any) -> Reliability:
         """Calibration of P(active), see ``reliability``, whose options it takes.
 
         The share of active ones among truth and draws together is what an exact posterior is

@@ -18,7 +18,7 @@ ALIKE = 0.95
 
 @dataclass(frozen=True)
 class DictionarySummary:
-    """How the atoms of a dictionary are used.
+    r"""How the atoms of a dictionary are used.
 
     Attributes:
         usage: Share of the codes of each atom that are active, over all data and positions, in
@@ -30,7 +30,7 @@ class DictionarySummary:
         similarity: Of each atom to the one most like it: the largest absolute correlation at any
             shift, shape ``(atoms,)``; zero if it is the only one.
         num_active: Active codes of each datum, expected number, shape ``(n,)``.
-        effective_codes: Codes that carry each datum, :math:`(\\sum z^2)^2 / \\sum z^4`: equal codes
+        effective_codes: Codes that carry each datum, :math:`(\sum z^2)^2 / \sum z^4`: equal codes
             count one each; zero for a datum without any. Shape ``(n,)``.
         effective_atoms: Atoms that carry all data, the exponential of the entropy of ``energy``.
 
@@ -51,11 +51,11 @@ class DictionarySummary:
     effective_atoms: float
 
     def __str__(self) -> str:
-        atoms = len(self.usage)
+        active, effective = float(self.num_active.mean()), float(self.effective_codes.mean())
         return (
-            f"{atoms} atoms, {int(self.dead.sum())} dead, {len(self.duplicates)} pairs alike, "
-            f"{self.effective_atoms:.1f} effective; a datum has {float(self.num_active.mean()):.1f} "
-            f"active codes, {float(self.effective_codes.mean()):.1f} effective"
+            f"{len(self.usage)} atoms, {int(self.dead.sum())} dead, {len(self.duplicates)} pairs "
+            f"alike, {self.effective_atoms:.1f} effective; a datum has {active:.1f} active codes, "
+            f"{effective:.1f} effective"
         )
 
 
@@ -117,7 +117,7 @@ def dictionary_summary(
     found, _ = correlations(atoms.detach().double().cpu(), atoms.detach().double().cpu())
     likeness = found.abs().amax(-1).fill_diagonal_(0).clamp(max=1)
     pairs = (likeness.triu(1) >= alike).nonzero()
-    order = energy.cpu()[pairs].argsort(1, descending=True, stable=True)
+    order = energy.cpu()[pairs].argsort(dim=1, descending=True, stable=True)
     fourth = square.square().sum((1, 2))
     sums = square.sum((1, 2)).square()
     return DictionarySummary(
@@ -137,8 +137,8 @@ class Stability:
     """How alike dictionaries of several trainings are.
 
     Attributes:
-        correlation: Mean absolute correlation of matched atoms, for each pair of trainings; float64,
-            shape ``(seeds, seeds)``, ones on the diagonal.
+        correlation: Mean absolute correlation of matched atoms, for each pair of trainings, one
+            with itself; float64, shape ``(seeds, seeds)``.
         found: Share of matched atoms that are alike, for each pair, shape ``(seeds, seeds)``.
         atom: Of each atom of the first dictionary, the mean correlation with its matches in the
             others, shape ``(atoms,)``.
@@ -235,7 +235,8 @@ def align_atoms(draws: Tensor, reference: Tensor) -> AtomPosterior:
     matched to the reference first; scales stay as drawn.
 
     Args:
-        draws: Shape ``(num_samples, atoms, ...)``, such as ``log_weights(...).draws["dictionary"]``.
+        draws: Shape ``(num_samples, atoms, ...)``, such as ``draws["dictionary"]`` of what
+            ``infer.log_weights`` returns.
         reference: Atoms to align to, shape ``(atoms, ...)``, such as true ones, or ``draws[0]``.
 
     Returns:

@@ -167,8 +167,8 @@ def plot_atoms(
 ) -> Any:
     """Draw the atoms of a dictionary: curves, pictures in grey, or pictures in colour.
 
-    Atoms with one dimension (dense ones, and convolutional ones of one kernel dimension) are curves,
-    one a channel. Atoms with two are pictures: one channel from black to white, grey at
+    Atoms with one dimension (dense ones, and convolutional ones of one kernel dimension) are
+    curves, one a channel. Atoms with two are pictures: one channel from black to white, grey at
     zero; three channels in colour, likewise. Each has a scale of its own.
 
     Args:
@@ -205,15 +205,15 @@ def plot_atoms(
     for axis in axes.flat:
         axis.set_axis_off()
     for number, (axis, picture) in enumerate(zip(axes.flat, pictures)):
+        limit = max(float(picture.abs().max()), torch.finfo(picture.dtype).tiny)
         if picture.dim() == 2:
-            axis.plot(picture.T, linewidth=1.0)
+            axis.plot(picture.T.numpy(), linewidth=1.0)
             axis.axhline(0.0, color="0.8", linewidth=0.5, zorder=0)
         elif len(picture) == 1:
-            limit = max(float(picture.abs().max()), torch.finfo(picture.dtype).tiny)
-            axis.imshow(picture[0], cmap="gray", vmin=-limit, vmax=limit)
+            axis.imshow(picture[0].numpy(), cmap="gray", vmin=-limit, vmax=limit)
         else:
-            limit = max(float(picture.abs().max()), torch.finfo(picture.dtype).tiny)
-            axis.imshow((0.5 + 0.5 * picture / limit).clamp(0, 1).permute(1, 2, 0))
+            colours = (0.5 + 0.5 * picture / limit).clamp(0, 1)
+            axis.imshow(colours.permute(1, 2, 0).numpy())
         if titles is not None:
             axis.set_title(str(titles[number]), fontsize=7)
     return axes

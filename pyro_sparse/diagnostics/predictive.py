@@ -105,8 +105,8 @@ def predictive_check(
     r"""Compare data with draws from the posterior predictive distribution.
 
     At each draw of the guide, data are drawn anew from the model, and a statistic of them is
-    compared with that of the observed ones. ``"log_likelihood"`` is always among them, a discrepancy
-    :math:`T(y, z_s)` against :math:`T(y^{\mathrm{rep}}_s, z_s)`.
+    compared with that of the observed ones. ``"log_likelihood"`` is always among them, a
+    discrepancy :math:`T(y, z_s)` against :math:`T(y^{\mathrm{rep}}_s, z_s)`.
 
     Calibration (``sbc``) asks whether the posterior is that of the model; this asks whether the
     model is one of the data.

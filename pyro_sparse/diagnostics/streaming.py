@@ -63,7 +63,7 @@ class CodeSummary:
             )
         levels = json.loads((folder / _INDEX).read_text())["quantiles"]
         found = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _names(levels)]
-        return cls(*found[:3], dict(zip(levels, found[3:])))
+        return cls(found[0], found[1], found[2], dict(zip(levels, found[3:])))
 
     @property
     def usage(self) -> _Array:

@@ -148,7 +148,7 @@ def test_active_codes_have_intervals_of_their_own() -> None:
     found = Calibration.from_draws(truth, draws)
     assert found.coverage(0.9).share > 0.85  # zeros are right
     assert found.coverage(0.9, active=True).share == pytest.approx(0.75, abs=0.03)
-    assert found.coverage(0.9, active=True).count == int(active.sum())
+    assert found.coverage(0.9, active=True).number == int(active.sum())
 
 
 def test_a_guide_that_has_not_looked_at_the_data_is_found_by_the_joint_density() -> None:
