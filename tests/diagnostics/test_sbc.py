@@ -23,10 +23,10 @@ from pyro_sparse.models import SparseCoding
 
 LONG = os.environ.get("PYRO_SPARSE_LONG") == "1"
 F64 = torch.float64
-NOISE = Gaussian(0.4)
+NOISE = Gaussian(0.2)
 
 
-def slab(scale: float = 1.0, probs: float = 0.25) -> SpikeAndSlab:
+def slab(scale: float = 1.0, probs: float = 0.3) -> SpikeAndSlab:
     return SpikeAndSlab(dist.Normal(torch.zeros((), dtype=F64), scale), probs=probs)
 
 
@@ -69,27 +69,30 @@ class Narrow(TorchDistribution):
 def guide_of(
     dictionary: Dense, prior: SpikeAndSlab, factor: float = 1.0, *, look_at_mask: bool = True
 ) -> Callable[..., None]:
+    last: list[Any] = [None, None]
+
     def guide(y: Tensor, num_data: int, mask: Tensor | None = None) -> None:
-        seen = mask if look_at_mask else None
-        law: Any = enumerate_posterior(y, dictionary, prior, NOISE, mask=seen)
+        if last[0] is not y:
+            seen = mask if look_at_mask else None
+            last[:] = y, enumerate_posterior(y, dictionary, prior, NOISE, mask=seen)
         with pyro.plate("data", len(y)):
-            pyro.sample("codes", law if factor == 1 else Narrow(law, factor))
+            pyro.sample("codes", last[1] if factor == 1 else Narrow(last[1], factor))
 
     return guide
 
 
 def share_of_alarms(prior: SpikeAndSlab, factor: float, repeats: int) -> float:
-    dictionary = dense()
+    dictionary = dense(8, 8)
     model = SparseCoding(dictionary, NOISE, slab())
     guide = guide_of(dictionary, prior, factor)
-    y = torch.zeros(500, 4, dtype=F64)
-    options: dict[str, Any] = {"num_simulations": 1000, "num_samples": 100, "progress": False}
+    y = torch.zeros(1000, 8, dtype=F64)
+    options: dict[str, Any] = {"num_simulations": 1000, "num_samples": 50, "progress": False}
     return float(np.mean([sbc(model, guide, y, seed=s, **options).alarm for s in range(repeats)]))
 
 
 @pytest.mark.slow
 def test_an_exact_posterior_raises_no_alarm(record_property: Any) -> None:
-    found = share_of_alarms(slab(), 1.0, 300 if LONG else 6)
+    found = share_of_alarms(slab(), 1.0, 300 if LONG else 4)
     record_property("false_alarms", found)
     assert found <= 0.01
 
@@ -116,8 +119,9 @@ def test_gibbs_draws_are_calibrated_where_supports_are_too_many_to_count() -> No
     dictionary = dense(20, 12)
     prior = slab(probs=0.1)
     truth = prior.sample((300, 20))
-    y = NOISE(truth @ dictionary.atoms.detach()).sample()
-    found = gibbs(y, dictionary, prior, NOISE, num_samples=10, num_warm_up=60, num_chains=5, thin=8)
+    noise = Gaussian(0.4)
+    y = noise(truth @ dictionary.atoms.detach()).sample()
+    found = gibbs(y, dictionary, prior, noise, num_samples=10, num_warm_up=60, num_chains=5, thin=8)
     draws = found.codes.flatten(0, 1)
     right = Calibration.from_draws(truth, draws)
     assert right.p_value > 1e-3
@@ -125,7 +129,8 @@ def test_gibbs_draws_are_calibrated_where_supports_are_too_many_to_count() -> No
     assert abs(coverage.share - 0.9) < 4 * coverage.se
     curve = right.reliability()
     assert curve.ece < curve.ece_of_noise + 4 * curve.ece_se
-    assert Calibration.from_draws(truth, 0.8 * draws).p_value < 1e-3
+    shrunk = Calibration.from_draws(truth, 0.7 * draws).coverage(0.9, active=True)
+    assert shrunk.share < 0.9 - 6 * shrunk.se
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95])
@@ -197,16 +202,16 @@ def exact_normal_mean(scale: float) -> Callable[..., None]:
 
 
 def test_latents_that_all_data_share_are_ranked_once_a_data_set() -> None:
-    options: dict[str, Any] = {"num_simulations": 200, "num_samples": 60, "progress": False}
+    options: dict[str, Any] = {"num_simulations": 100, "num_samples": 40, "progress": False}
     right, wrong = (
         sbc(normal_mean, exact_normal_mean(scale), torch.zeros(4), **options)
-        for scale in (1.0, 0.4)
+        for scale in (1.0, 0.3)
     )
-    assert right.num_simulations == 200
+    assert right.num_simulations == 100
     assert {name: tuple(site.pit.shape) for name, site in right.sites.items()} == {
-        "loc": (200, 1),
-        "offset": (200, 1),
-        "log_joint": (200, 1),
+        "loc": (100, 1),
+        "offset": (100, 1),
+        "log_joint": (100, 1),
     }
     assert not right.alarm
     assert wrong.alarm
@@ -225,11 +230,11 @@ def test_a_guide_can_be_made_for_each_data_set() -> None:
         exact_normal_mean(0.1),
         torch.zeros(4),
         refit=refit,
-        num_simulations=100,
-        num_samples=30,
+        num_simulations=50,
+        num_samples=20,
         progress=False,
     )
-    assert len(seen) == 100
+    assert len(seen) == 50
     assert not found.alarm
 
 
