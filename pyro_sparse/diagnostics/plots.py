@@ -248,12 +248,16 @@ def plot_loss(history: History, *, ax: Any = None) -> Any:
         raise ValueError("Expected a training of at least one step, got none.")
     ax = _new(ax, (5.0, 3.0))
     ax.plot(np.arange(1, len(steps) + 1), steps, color="0.75", linewidth=0.7, label="step")
-    epochs = [("epoch", history.epoch_loss, _LINE), ("validation", history.validation_loss, "C1")]
-    for name, values, color in epochs:
+    # A mean over an epoch belongs to its middle, the validation to its end.
+    epochs = [
+        ("mean of epoch", history.epoch_loss, _LINE, 0.5),
+        ("validation", history.validation_loss, "tab:orange", 1.0),
+    ]
+    for name, values, color, at in epochs:
         if values:
-            ends = np.arange(1, len(values) + 1) * len(steps) / len(values)
+            where = (np.arange(len(values)) + at) * len(steps) / len(values)
             style = {"color": color, "linewidth": 1.4, "marker": "o", "markersize": 3}
-            ax.plot(ends, values, label=name, **style)
+            ax.plot(where, values, label=name, **style)
     late = np.concatenate(
         [steps[len(steps) // 10 :], history.epoch_loss[1:], history.validation_loss[1:]]
     )
