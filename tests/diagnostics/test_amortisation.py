@@ -34,9 +34,7 @@ def test_gaps_are_those_of_the_exact_and_the_best_factorised_posterior() -> None
     best = coordinate_ascent(y, dictionary, PRIOR, NOISE)
     unrolled = Unrolled(dictionary, NOISE, num_steps=5)
     guide = Thresholded(UnrolledEncoder(unrolled, dist.Laplace(0.0, 0.3)))
-    gap = amortisation_gap(
-        model, guide, y, log_evidence=evidence, num_steps=300, num_samples=400
-    )
+    gap = amortisation_gap(model, guide, y, log_evidence=evidence, num_steps=300, num_samples=400)
     assert gap.amortisation.mean() > 0.1
     assert bool((gap.refined <= evidence + 5 * gap.se + 1e-3).all())
     # Both are local optima of the same bound; refining starts from the encoder's.
