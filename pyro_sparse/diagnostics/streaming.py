@@ -204,20 +204,21 @@ class _Summarise:
 
     def batch_size(self, source: Rows) -> int:
         """As many data as keep the draws of a batch in bounds."""
+        size = min(256, source.num_data)
         if self.num_samples is None:
-            return min(256, source.num_data)
-        first = self(source.read(np.arange(1), 0, self.like))[0]
-        each = self.num_samples * max(1, first.numel())
-        return max(1, min(256, source.num_data, _VALUES // each))
+            return size
+        first = self(source.read(np.arange(size), 0, self.like), 2)[0]
+        return max(1, min(size, _VALUES // (self.num_samples * max(1, first[0].numel()))))
 
-    def __call__(self, batch: Batch) -> list[Tensor]:
+    def __call__(self, batch: Batch, num_samples: int | None = None) -> list[Tensor]:
+        number = num_samples or self.num_samples
         store = pyro.get_param_store()
         with torch.no_grad(), torch.random.fork_rng(), store.scope(store.get_state()):
             torch.manual_seed((self.seed + (2 * batch.number + 1) * 0x9E3779B97F4A7C15) % 2**63)
             with kept(self.module):
-                if self.num_samples is None:
+                if number is None:
                     return self._of_law(self.guide.posterior(batch.y, batch.mask), len(batch.y))
-                return self._of_draws(self._draws(batch, self.num_samples))
+                return self._of_draws(self._draws(batch, number))
 
     def _of_law(self, law: Any, size: int) -> list[Tensor]:
         try:

@@ -76,7 +76,7 @@ def zeros_or_ones(y: Tensor, num_data: int) -> None:
 
 
 def test_a_quantile_of_draws_is_a_draw() -> None:
-    """No value between an exact zero and the active codes, which linear interpolation would make."""
+    """Linear interpolation would make values between an exact zero and the active codes."""
     found = summarise_codes(
         zeros_or_ones, torch.zeros(400, 1), num_samples=9, quantiles=[0.5], progress=False
     )
@@ -86,7 +86,9 @@ def test_a_quantile_of_draws_is_a_draw() -> None:
 
 
 def test_a_structured_guide_and_masks_are_served() -> None:
-    guide = StructuredThresholded(Heads(torch.nn.Linear(4, 8), 8, code_shape=3), couplings=3)
+    guide = StructuredThresholded(
+        Heads(torch.nn.Linear(4, 8), 8, code_shape=3), couplings=torch.eye(3)
+    )
     y, mask = torch.randn(30, 4), torch.rand(30, 4) < 0.7
     options: dict[str, Any] = {"num_samples": 500, "progress": False}
     seen = summarise_codes(guide, torch.where(mask, y, torch.nan), mask=mask, **options)
@@ -98,9 +100,9 @@ def test_a_structured_guide_and_masks_are_served() -> None:
 
 def test_convolutional_codes_and_several_plates_are_served() -> None:
     def guide(y: Tensor, num_data: int) -> None:
-        with pyro.plate("channels", 3, dim=-2), pyro.plate("data", len(y), dim=-1):
-            pyro.sample("other", dist.Normal(y[:, 0], 1.0))
         with pyro.plate("data", len(y), dim=-1):
+            with pyro.plate("channels", 3, dim=-2):
+                pyro.sample("other", dist.Normal(y[:, 0], 1.0))
             loc = y[:, None, :].expand(-1, 2, -1)
             pyro.sample("codes", dist.Normal(loc, 1.0).to_event(2))
 
@@ -173,13 +175,13 @@ def peak(size: int, folder: Path) -> int:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path: Path, record_property: Any) -> None:
-    size = 60_000 if LONG else 3000
+    size = 60_000 if LONG else 1500
     most = peak(size, tmp_path / "many")
     record_property("bytes", most)
     assert most < 2e9
     written = sum(file.stat().st_size for file in (tmp_path / "many").iterdir())
     assert written > 6 * 4 * 1024 * size
-    assert most - peak(500, tmp_path / "few") < 0.3 * written
+    assert most - peak(300, tmp_path / "few") < 0.3 * written
 
 
 def test_an_unfinished_summary_is_not_opened(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_errors() -> None:
         summarise_codes(zeros_or_ones, y)
     with pytest.raises(TypeError, match="Pass num_samples="):
         structured = StructuredThresholded(
-            Heads(torch.nn.Linear(4, 8), 8, code_shape=3), couplings=3
+            Heads(torch.nn.Linear(4, 8), 8, code_shape=3), couplings=torch.eye(3)
         )
         summarise_codes(structured, y, progress=False)
     with pytest.raises(TypeError, match="Pass its dataset"):
