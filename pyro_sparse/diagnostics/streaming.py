@@ -262,11 +262,13 @@ class _Summarise:
                 raise ValueError(f"Expected a guide with a site {self.site!r}, got {list(nodes)}.")
             return nodes[self.site]
 
-        first = value(run())
-        shape = first["value"].shape
+        single = run()
+        shape = value(single)["value"].shape
         if not self.vectorize:
             return torch.stack([value(run())["value"] for _ in range(number)])
-        dims = [-frame.dim for frame in first["cond_indep_stack"] if frame.vectorized]
+        sites: Any = single.nodes.values()
+        frames = (frame for site in sites for frame in site.get("cond_indep_stack", ()))
+        dims = [-frame.dim for frame in frames if frame.vectorized]
         with pyro.plate(PLATE_OF_DRAWS, number, dim=-1 - max(dims, default=0)):
             drawn: Tensor = value(run())["value"]
         if drawn.shape != (number, *shape):

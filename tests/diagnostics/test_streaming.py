@@ -138,9 +138,10 @@ def test_any_source_of_rows_is_read(kind: str, tmp_path: Path) -> None:
 
 def test_nothing_global_moves() -> None:
     guide = Thresholded(Heads(torch.nn.BatchNorm1d(4), 4, code_shape=3))
+    y = torch.randn(8, 4)
     before = torch.random.get_rng_state(), [b.clone() for b in guide.buffers()]
     store = dict(pyro.get_param_store())
-    summarise_codes(guide, torch.randn(8, 4), num_samples=5, progress=False)
+    summarise_codes(guide, y, num_samples=5, progress=False)
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert all(map(torch.equal, before[1], guide.buffers()))
     assert dict(pyro.get_param_store()) == store
