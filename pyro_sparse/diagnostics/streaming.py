@@ -271,12 +271,12 @@ class _Summarise:
         dims = [-frame.dim for frame in frames if frame.vectorized]
         with pyro.plate(PLATE_OF_DRAWS, number, dim=-1 - max(dims, default=0)):
             drawn: Tensor = value(run())["value"]
-        if drawn.shape != (number, *shape):
+        if len(drawn) != number or drawn.numel() != number * shape.numel():
             raise ValueError(
                 f"Expected draws of shape {(number, *shape)}, got {tuple(drawn.shape)}: the guide "
                 "does not take leading dimensions. Pass vectorize=False."
             )
-        return drawn
+        return drawn.reshape(number, *shape)  # plates that the codes do not stand in left ones
 
 
 def _names(levels: Sequence[float]) -> list[str]:
