@@ -50,7 +50,7 @@ from pyro_sparse.solvers.problem import Problem
 
 gibbs_module = inspect.getmodule(gibbs)
 F64 = torch.float64
-SCALE, PROBS, NOISE = 1.3, 0.3, 0.5
+SCALE, PROBS, NOISE = 1.25, 0.3, 0.5
 PRIOR = SpikeAndSlab(
     dist.Normal(torch.zeros((), dtype=F64), SCALE), probs=torch.tensor(PROBS, dtype=F64)
 )
@@ -62,7 +62,7 @@ PRIOR = SpikeAndSlab(
 def orthonormal(num_atoms: int = 3) -> SparseCoding:
     """Codes are independent given the data, so that everything has a closed form."""
     dictionary = Dense(num_atoms, num_atoms, atoms=torch.eye(num_atoms, dtype=F64))
-    return SparseCoding(dictionary, Gaussian(NOISE), PRIOR)
+    return SparseCoding(dictionary, Gaussian(torch.tensor(NOISE, dtype=F64)), PRIOR)
 
 
 def log_evidence(y: Tensor) -> Any:
@@ -137,7 +137,7 @@ def check_gradients() -> None:
     """Of every parameter of model and guide, against finite differences."""
     torch.manual_seed(0)
     dictionary = Dense(3, 3).double()
-    model = SparseCoding(dictionary, Gaussian(NOISE), PRIOR)
+    model = SparseCoding(dictionary, Gaussian(torch.tensor(NOISE, dtype=F64)), PRIOR)
     guide = Thresholded(Heads(torch.nn.Linear(3, 4), 4, code_shape=3)).double()
     y, objective = data(4), SparseELBO()
 
@@ -210,7 +210,7 @@ def small() -> tuple[Tensor, Dense, Gaussian]:
     generator = torch.Generator().manual_seed(4)
     atoms = torch.randn(3, 4, generator=generator, dtype=F64) / 3
     y = 2 * torch.randn(3, 4, generator=generator, dtype=F64)
-    return y, Dense(3, 4, atoms=atoms, unit_norm=False), Gaussian(NOISE)
+    return y, Dense(3, 4, atoms=atoms, unit_norm=False), Gaussian(torch.tensor(NOISE, dtype=F64))
 
 
 def supports() -> tuple[Any, Any, Any]:
