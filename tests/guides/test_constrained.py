@@ -223,7 +223,9 @@ def test_a_posterior_that_leaves_the_support_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [Trace_ELBO(), SparseELBO(), SparseELBO(estimator=ImplicitMixed())], ids=repr
+    "loss",
+    [Trace_ELBO(), SparseELBO(), SparseELBO(estimator=ImplicitMixed())],
+    ids=["Trace_ELBO", "SparseELBO", "ImplicitMixed"],
 )
 def test_a_dense_posterior_of_groups_has_the_gradient_of_its_expectation(loss: Any) -> None:
     """No closed form of the divergence: by pathwise draws, against quadrature in one group."""
