@@ -315,8 +315,8 @@ BUGS = {
     2: Bug(kl._kl_mixed_mixed, "active * slab", "slab", check_elbo),
     3: Bug(kl._kl_mixed_mixed, "return kl_gates", "return -kl_gates", check_elbo),
     4: Bug(emission.emit, "y, mask = check_data", "_, mask = check_data", check_masked_encoder),
-    5: Bug(CodesProgram.forward, "if mask is not None:", "if False:", check_weights),
-    6: Bug(CodesProgram.forward, "num_data or size, subsample=index", "size", check_scale),
+    5: Bug(CodesProgram.run, "if mask is not None:", "if False:", check_weights),
+    6: Bug(CodesProgram.run, "num_data or size, subsample=index", "size", check_scale),
     7: Bug(
         SpikeAndSlabPosterior.forward,
         'parameters["loc"]',
