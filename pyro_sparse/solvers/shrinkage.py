@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.dictionaries.base import check_sizes
-from pyro_sparse.distributions import Law, prox
+from pyro_sparse.distributions import Law, prox, restrict
 from pyro_sparse.ops import check_tensor, hard_threshold, soft_threshold
 
 
@@ -40,6 +40,14 @@ class Shrinkage(nn.Module):
             Shape of ``value``.
         """
         raise NotImplementedError
+
+    def allowed(self, law: Law, value: Tensor, step: Tensor, layer: int, num_layers: int) -> Tensor:
+        """What ``forward`` gives, with zeros where the prior allows no code, or none of that sign.
+
+        Of the codes alone: a value below zero with a bias below it is no code, and stays none.
+        """
+        codes: Tensor = self(law, value, step, layer, num_layers)
+        return codes if self.keeps_support else restrict(law, codes)
 
     def check(self, dictionary: Dictionary) -> None:
         """Refuse a dictionary whose codes this does not fit; once, when an encoder is made.
@@ -232,20 +240,22 @@ class TopK(Shrinkage):
         tensor([ 0.,  0., -3.])
     """
 
+    keeps_support = True
+
     def __init__(self, inner: Shrinkage, num_active: int, *, every: int = 1) -> None:
         super().__init__()
         if not isinstance(inner, Shrinkage):
             raise TypeError(f"Expected inner to be a Shrinkage, such as Proximal(), got {inner!r}.")
         check_sizes(num_active=num_active, every=every)
         self.inner = inner
-        self.keeps_support = inner.keeps_support
         self.num_active = num_active
         self.every = every
 
     def forward(  # noqa: D102
         self, law: Law, value: Tensor, step: Tensor, layer: int, num_layers: int
     ) -> Tensor:
-        codes: Tensor = self.inner(law, value, step, layer, num_layers)
+        # The choice is among codes that may be.
+        codes = self.inner.allowed(law, value, step, layer, num_layers)
         last = layer == num_layers - 1
         if not last and (layer + 1) % self.every:
             return codes

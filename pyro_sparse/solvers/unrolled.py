@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sparse.dictionaries import Dictionary
-from pyro_sparse.distributions import Law, restrict
+from pyro_sparse.distributions import Law
 from pyro_sparse.likelihoods import Likelihood, check_mask
 from pyro_sparse.ops import check_tensor
 from pyro_sparse.solvers.gradients import Curvature, current_gradient
@@ -218,14 +218,7 @@ class _Layers:
         return self._shrunk(value, self.num_steps - 1)
 
     def _shrunk(self, value: Tensor, index: int) -> Tensor:
-        law, shrinkage = self.problem.law, self.shrinkage
-        if shrinkage.keeps_support:
-            codes: Tensor = shrinkage(law, value, self.step, index, self.num_steps)
-            return codes
-        # Before, so that a choice among codes is one of those that may be; after, since a shrinkage
-        # may make codes of nothing.
-        value = restrict(law, value)
-        return restrict(law, shrinkage(law, value, self.step, index, self.num_steps))
+        return self.shrinkage.allowed(self.problem.law, value, self.step, index, self.num_steps)
 
 
 def _observed(problem: Problem) -> Tensor:
