@@ -1,4 +1,9 @@
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
 project = "pyro_sparse"
 author = "pyro_sparse developers"
@@ -28,3 +33,10 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True  # fields of a named tuple are members too: describe them once
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "off"
+
+
+def setup(app):
+    import results
+
+    records = HERE.parent / "benchmarks" / "results"
+    (HERE / "results.md").write_text(results.page(records, HERE / "_results"))

@@ -11,6 +11,7 @@ from pyro_sparse.guides.posteriors import (
 )
 from pyro_sparse.guides.shifts import Mirrored, ShiftAveraged, Unobserved
 from pyro_sparse.guides.structured import StructuredThresholded
+from pyro_sparse.guides.support import SupportedPosterior
 from pyro_sparse.guides.thresholded import Thresholded
 from pyro_sparse.guides.unrolled import UnrolledFISTA
 
@@ -25,6 +26,7 @@ __all__ = [
     "ShiftAveraged",
     "SpikeAndSlabPosterior",
     "StructuredThresholded",
+    "SupportedPosterior",
     "ThresholdPosterior",
     "Thresholded",
     "Unobserved",

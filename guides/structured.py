@@ -106,13 +106,20 @@ class StructuredThresholded(PyroModule):
         self.couplings = Couplings(couplings)
         self.rest = rest
 
-    def forward(self, y: Tensor, num_data: int | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        y: Tensor,
+        num_data: int | None = None,
+        mask: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> Tensor:
         """Run the guide.
 
         Args:
             y: Minibatch of data, shape ``(n, *signal_shape)``.
             num_data: Size of the whole data set; by default ``n``.
             mask: True where a sample was observed, broadcastable to ``y``.
+            label: Classes that the model is given; codes do not depend on them.
 
         Returns:
             Codes, shape ``(n, atoms)``.

@@ -10,14 +10,21 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_sparse.dictionaries import Dictionary
-from pyro_sparse.distributions import Law, Prior, check_prior, check_rate, codes_prior
+from pyro_sparse.dictionaries import Dense, Dictionary
+from pyro_sparse.distributions import (
+    Law,
+    Prior,
+    check_prior,
+    check_rate,
+    codes_prior,
+    conjugate,
+)
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.infer.store import claim_names
 from pyro_sparse.likelihoods import Likelihood, check_data
-from pyro_sparse.solvers import Method, Shrinkage, Unrolled
+from pyro_sparse.solvers import ISTA, Bias, Method, Shrinkage, Unrolled
 
 
 class UnrolledFISTA(PyroModule):
@@ -51,6 +58,8 @@ class UnrolledFISTA(PyroModule):
             published values often lie below the true one. None: a safe bound at every call.
         analysis: Dictionary whose adjoint the layers use; default ``dictionary``.
         synthesis: Dictionary whose forward map the layers use; default ``dictionary``.
+        recurrence: Linear map from codes to codes in place of ``synthesis`` and the residual; see
+            ``solvers.Unrolled`` and ``recurrent``.
 
     Raises:
         TypeError: If ``prior`` is neither a distribution nor a callable, or another argument is of
@@ -85,6 +94,7 @@ class UnrolledFISTA(PyroModule):
         lipschitz: float | None = None,
         analysis: Dictionary | None = None,
         synthesis: Dictionary | None = None,
+        recurrence: nn.Module | None = None,
     ) -> None:
         super().__init__()
         sampled = rest is not None and not isinstance(prior, Law)
@@ -110,6 +120,7 @@ class UnrolledFISTA(PyroModule):
             lipschitz=lipschitz,
             analysis=analysis,
             synthesis=synthesis,
+            recurrence=recurrence,
         )
         # Names of their own: where these modules are not the model's, Pyro's store would take the
         # parameters at equal paths for one.
@@ -142,13 +153,93 @@ class UnrolledFISTA(PyroModule):
         analysis, synthesis = copy.deepcopy(dictionary), copy.deepcopy(dictionary)
         return cls(dictionary, likelihood, prior, analysis=analysis, synthesis=synthesis, **options)
 
-    def forward(self, y: Tensor, num_data: int | None = None, mask: Tensor | None = None) -> Tensor:
+    @classmethod
+    def recurrent(
+        cls,
+        dictionary: Dictionary,
+        likelihood: Likelihood,
+        prior: Prior,
+        *,
+        rate: Tensor | float | None = None,
+        num_steps: int = 11,
+        step_size: float | None = None,
+    ) -> UnrolledFISTA:
+        r"""A guide that is a recurrent network of rectified linear units, all weights free.
+
+        .. math:: z_{t+1} = \max(0,\; E y + S z_t - b)
+
+        Starts as ISTA, :math:`E = s D^T / \sigma^2`, :math:`S = I - s D^T D / \sigma^2`,
+        :math:`b = s \lambda` for an exponential prior of rate :math:`\lambda`, and codes equal to
+        its; a two-sided prior gives soft shrinkage. Training may then move the explaining-away
+        matrix :math:`S` away from any dictionary. It holds :math:`E` in ``encoder.analysis.atoms``
+        (one row an atom), :math:`S` in ``encoder.recurrence.weight`` and :math:`b` in
+        ``encoder.shrinkage.bias``.
+
+        Args:
+            dictionary: The model's dictionary; a dense one.
+            likelihood: The model's likelihood; with a score that is linear, as ``Gaussian`` has.
+            prior: The model's prior; one with a registered ``conjugate``.
+            rate: For a callable prior: where the bias starts. The encoder does not follow it.
+            num_steps: Number of layers; published: 11.
+            step_size: Step :math:`s` of the start; default one over a bound of the curvature.
+
+        Raises:
+            ValueError: If a shape or number does not fit, or the likelihood's score is not linear.
+
+        References:
+            Rolfe & LeCun (2013), Discriminative recurrent sparse auto-encoders, ICLR, eq. (2).
+
+        Example:
+            >>> from pyro_sparse.dictionaries import Dense
+            >>> from pyro_sparse.likelihoods import Gaussian
+            >>> guide = UnrolledFISTA.recurrent(Dense(8, 5), Gaussian(0.1), dist.Exponential(1.0))
+            >>> guide.encoder.recurrence.weight.shape
+            torch.Size([8, 8])
+        """
+        atoms = dictionary.atoms.detach()
+        if atoms.dim() != 2 or dictionary.code_dims != 1:
+            raise ValueError(
+                f"Expected a dense dictionary, atoms (atoms, features), got {tuple(atoms.shape)}."
+            )
+        num_atoms, num_features = atoms.shape
+        precision = _precision(likelihood, atoms[0])
+        step = step_size
+        if step is None:
+            step = 1 / float(dictionary.squared_norm() * precision.max())
+        given = torch.as_tensor(rate) if isinstance(rate, int | float) else rate
+        slopes = conjugate(codes_prior(prior, given, (num_atoms,), like=atoms))
+        bias = (step * slopes.upper).expand(num_atoms).to(atoms)
+        recurrence = nn.Linear(num_atoms, num_atoms, bias=False).to(atoms)
+        start = step * precision * atoms
+        with torch.no_grad():
+            recurrence.weight.copy_(torch.eye(num_atoms).to(atoms) - atoms @ start.T)
+        return cls(
+            dictionary,
+            likelihood,
+            prior,
+            rate=rate,
+            num_steps=num_steps,
+            method=ISTA(),
+            shrinkage=Bias(bias, two_sided=bool(slopes.lower.isfinite().all())),
+            step_size=step,
+            analysis=Dense(num_atoms, num_features, atoms=start, unit_norm=False),
+            recurrence=recurrence,
+        )
+
+    def forward(
+        self,
+        y: Tensor,
+        num_data: int | None = None,
+        mask: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> Tensor:
         """Run the guide.
 
         Args:
             y: Minibatch of data, shape ``(n, *signal_shape)``.
             num_data: Size of the whole data set; by default ``n``.
             mask: True where a sample was observed, broadcastable to ``y``.
+            label: Classes that the model is given; codes do not depend on them.
 
         Returns:
             Codes, shape ``(n, atoms, *positions)``.
@@ -223,6 +314,18 @@ class UnrolledFISTA(PyroModule):
         return values
 
 
+def _precision(likelihood: Likelihood, like: Tensor) -> Tensor:
+    """The score of a likelihood is this times the residual, shape ``(features,)``."""
+    one, line = torch.ones_like(like), torch.linspace(-2, 2, len(like)).to(like)
+    precision = likelihood.residual(torch.zeros_like(like), one).detach()
+    if not torch.allclose(likelihood.residual(line, one), precision * (one - line), rtol=1e-4):
+        raise ValueError(
+            "Expected a likelihood with a linear score, such as Gaussian(scale), got "
+            f"{type(likelihood).__name__}: with others ISTA is no recurrence of codes alone."
+        )
+    return precision
+
+
 def _arguments(guide: UnrolledFISTA) -> dict[str, Any]:
     """What a saved guide is built from again."""
     encoder = guide.encoder
@@ -239,6 +342,7 @@ def _arguments(guide: UnrolledFISTA) -> dict[str, Any]:
         "lipschitz": encoder.lipschitz,
         "analysis": encoder.analysis,
         "synthesis": encoder.synthesis,
+        "recurrence": encoder.recurrence,
     }
 
 

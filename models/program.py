@@ -95,6 +95,16 @@ class CodesProgram(PyroModule):
         Raises:
             ValueError: If a shape does not fit, or there is nothing to say how much to draw.
         """
+        return self.run(y, num_data, mask)
+
+    def run(
+        self,
+        y: Tensor | None,
+        num_data: int | None,
+        mask: Tensor | None,
+        also: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """What ``forward`` does; ``also`` is called with the codes, inside the plate."""
         claim_names(self)
         like = self.like if y is None else y
         if y is None:
@@ -117,6 +127,8 @@ class CodesProgram(PyroModule):
         index = torch.arange(size, device=like.device)
         with pyro.plate("data", num_data or size, subsample=index):
             codes = pyro.sample("codes", self._law(rate, code_shape, like))
+            if also is not None:
+                also(codes)
             predictor = decode(codes)  # (n, *signal_shape)
             data_law = self.likelihood(predictor)
             if mask is not None:

@@ -19,6 +19,7 @@ _PARTS = (
     "models",
     "ops",
     "solvers",
+    "testing",
 )
 
 

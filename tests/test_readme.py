@@ -50,6 +50,10 @@ def test_the_page_on_encoders_runs_and_comes_nearer_to_the_atoms() -> None:
     assert losses[-1] < losses[0]
     codes = names["guide"].encode(names["y"])
     assert 0.02 < (codes != 0).float().mean() < 0.9
+    assert names["certified"].converged.all()
+    for found in (names["certified"].codes, names["encoder"].encode(names["recorded"])):
+        assert (found >= 0).all() and (found > 0).any()
+        assert (found[:, :, ~names["active"][0]] == 0).all()
 
 
 @pytest.mark.slow

@@ -50,26 +50,15 @@ def match_atoms(learned: Tensor, truth: Tensor) -> Recovery:
         >>> match_atoms(-torch.eye(3)[[2, 0, 1]], torch.eye(3)).correlation
         tensor([1., 1., 1.])
     """
-    _check(learned, "learned")
-    _check(truth, "truth")
+    check_atoms(learned, "learned")
+    check_atoms(truth, "truth")
     learned, truth = learned.detach().double().cpu(), truth.detach().double().cpu()
     if learned.dim() != truth.dim() or learned.dim() < 2 or learned.shape[1] != truth.shape[1]:
         raise ValueError(
             "Expected two sets of atoms of shape (atoms, features), or (atoms, channels, *kernel) "
             f"with equal channels, got {tuple(learned.shape)} and {tuple(truth.shape)}."
         )
-    kernel_dims = learned.dim() - 2
-    lags = [n + m - 1 for n, m in zip(learned.shape[2:], truth.shape[2:])]
-    if kernel_dims:
-        dims = tuple(range(-kernel_dims, 0))
-        spectra = torch.fft.rfftn(learned, lags, dims), torch.fft.rfftn(truth, lags, dims)
-        product = torch.einsum("jc...,kc...->kj...", spectra[0], spectra[1].conj())
-        correlation = torch.fft.irfftn(product, lags, dims)  # (true, learned, *lags)
-    else:
-        correlation = truth @ learned.T
-    lengths = truth.flatten(1).norm(dim=1)[:, None] * learned.flatten(1).norm(dim=1)
-    lengths = torch.where(lengths == 0, 1.0, lengths)  # a dead atom correlates with nothing
-    flat = correlation.reshape(len(truth), len(learned), -1) / lengths[:, :, None]
+    flat, lags = correlations(learned, truth)
     best, lag = flat.abs().max(-1)
     rows, columns = linear_sum_assignment(best.nan_to_num().numpy(), maximize=True)
     rows, columns = torch.from_numpy(rows), torch.from_numpy(columns)
@@ -78,11 +67,11 @@ def match_atoms(learned: Tensor, truth: Tensor) -> Recovery:
     index[rows] = columns
     value = torch.zeros(len(truth), dtype=torch.float64)
     sign = torch.zeros(len(truth), dtype=torch.float64)
-    shift = torch.zeros(len(truth), kernel_dims, dtype=torch.long)
+    shift = torch.zeros(len(truth), len(lags), dtype=torch.long)
     value[rows] = best[rows, columns].clamp(max=1.0)
     at = lag[rows, columns]
     sign[rows] = flat[rows, columns, at].sign()
-    for dim in reversed(range(kernel_dims)):
+    for dim in reversed(range(len(lags))):
         offset = at % lags[dim]
         at = at // lags[dim]
         # Lags beyond the learned atom's length are negative ones, wrapped around.
@@ -90,7 +79,33 @@ def match_atoms(learned: Tensor, truth: Tensor) -> Recovery:
     return Recovery(value.to(torch.get_default_dtype()), index, sign, shift)
 
 
-def _check(atoms: Tensor, name: str) -> None:
+def correlations(learned: Tensor, truth: Tensor) -> tuple[Tensor, list[int]]:
+    """Normalised correlation of all pairs of atoms, at every lag.
+
+    Args:
+        learned: Shape ``(atoms, features)`` or ``(atoms, channels, *kernel)``.
+        truth: Likewise, equal but for the number of atoms and the kernel.
+
+    Returns:
+        Shape ``(true atoms, learned atoms, lags)``, lags of all kernel dimensions flattened; and
+        the number of lags in each, none for dense atoms.
+    """
+    kernel_dims = learned.dim() - 2
+    lags = [n + m - 1 for n, m in zip(learned.shape[2:], truth.shape[2:])]
+    if kernel_dims:
+        dims = tuple(range(-kernel_dims, 0))
+        spectra = torch.fft.rfftn(learned, lags, dims), torch.fft.rfftn(truth, lags, dims)
+        product = torch.einsum("jc...,kc...->kj...", spectra[0], spectra[1].conj())
+        correlation = torch.fft.irfftn(product, lags, dims)
+    else:
+        correlation = truth @ learned.T
+    lengths = truth.flatten(1).norm(dim=1)[:, None] * learned.flatten(1).norm(dim=1)
+    lengths = torch.where(lengths == 0, 1.0, lengths)  # a dead atom correlates with nothing
+    return correlation.reshape(len(truth), len(learned), -1) / lengths[:, :, None], lags
+
+
+def check_atoms(atoms: Tensor, name: str) -> None:
+    """Refuse what are no atoms."""
     if not isinstance(atoms, Tensor) or atoms.is_complex() or atoms.layout != torch.strided:
         kind = f"{atoms.dtype} in {atoms.layout}" if isinstance(atoms, Tensor) else type(atoms)
         raise TypeError(

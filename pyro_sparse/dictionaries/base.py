@@ -33,6 +33,13 @@ class LinearMap:
         super().__init_subclass__(**kwargs)
         if not hasattr(cls.forward, "arithmetic"):
             cls.forward = _primitive(cls.forward)  # type: ignore[method-assign,assignment]
+        for kind in cls.__mro__:
+            if "at" in vars(kind):
+                break
+            if "forward" in vars(kind) or "adjoint" in vars(kind):
+                # What a subclass has changed makes an inherited shortcut untrue.
+                cls.at = LinearMap.at  # type: ignore[method-assign]
+                break
 
     def forward(self, codes: Tensor) -> Tensor:
         """Predictor of the codes."""
@@ -75,6 +82,20 @@ class LinearMap:
         """Adjoint of ``forward``: correlation of a signal with each atom, in the shape of codes."""
         raise NotImplementedError
 
+    def at(self, index: Tensor, shape: torch.Size) -> LinearMap:
+        """The map on some codes alone: from their values to the predictor, and back to them.
+
+        Args:
+            index: Which ones, as positions in flattened codes, ascending; shape ``(n,)``.
+            shape: Shape ``(..., *code_shape)`` of all codes.
+
+        Returns:
+            A map whose codes are the vector ``codes.flatten()[index]``, the others being zero, and
+            whose ``adjoint`` gives that of this map there. Of few codes a concrete map may save
+            most of the arithmetic.
+        """
+        return _Placed(self, index, shape)
+
     def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
         """Upper bound of the squared spectral norm, detached; see ``Dictionary.squared_norm``."""
         raise NotImplementedError
@@ -99,6 +120,22 @@ def _primitive(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tenso
 
     dispatched.arithmetic = forward  # type: ignore[attr-defined]
     return dispatched
+
+
+class _Placed(LinearMap):
+    """Any map on some codes: they are placed among zeros."""
+
+    def __init__(self, inner: LinearMap, index: Tensor, shape: torch.Size) -> None:
+        self.inner = inner
+        self.index = index
+        self.shape = shape
+
+    def forward(self, codes: Tensor) -> Tensor:
+        placed = codes.new_zeros(self.shape.numel()).index_copy(0, self.index, codes)
+        return self.inner.forward(placed.reshape(self.shape))
+
+    def adjoint(self, signal: Tensor) -> Tensor:
+        return self.inner.adjoint(signal).flatten().index_select(0, self.index)
 
 
 class Dictionary(nn.Module):

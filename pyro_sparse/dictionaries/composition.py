@@ -49,6 +49,11 @@ class CompositionMap(LinearMap):
         """Measurement to the shape of codes."""
         return self.inner.adjoint(self.operator.adjoint(signal))
 
+    def at(self, index: Tensor, shape: torch.Size) -> CompositionMap:
+        """The operator after the inner map on some codes."""
+        inner = self.inner.at(index, shape)
+        return CompositionMap(self.operator, inner, self.operator_norm, self.dtype)
+
     def squared_norm(self, signal_shape: tuple[int, ...] | None = None) -> Tensor:
         """Product of the operator's and the dictionary's bounds."""
         inner = self.inner.squared_norm()

@@ -1,5 +1,6 @@
 """Sparse laws of codes, and what solvers ask of a prior."""
 
+import pyro_sparse.distributions.constrained_kl
 import pyro_sparse.distributions.expected_natural
 import pyro_sparse.distributions.tails_kl  # noqa: F401  registers KLs
 from pyro_sparse.distributions.cumulants import log_mgf
@@ -9,7 +10,9 @@ from pyro_sparse.distributions.expected import (
     register_expected_log_prob,
 )
 from pyro_sparse.distributions.gamma import GammaThresholded
+from pyro_sparse.distributions.groups import GroupLaplace
 from pyro_sparse.distributions.kl import kl_gates
+from pyro_sparse.distributions.known_support import KnownSupport
 from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab
 from pyro_sparse.distributions.moments import Moments, NotAffine
 from pyro_sparse.distributions.natural import (
@@ -40,6 +43,7 @@ from pyro_sparse.distributions.prox import (
     prox,
     register_conjugate,
     register_prox,
+    restrict,
 )
 from pyro_sparse.distributions.rates import (
     Rate,
@@ -48,6 +52,7 @@ from pyro_sparse.distributions.rates import (
     register_rate_statistic,
 )
 from pyro_sparse.distributions.relaxed import RelaxedSpikeAndSlab
+from pyro_sparse.distributions.signed import SignedLaplace
 from pyro_sparse.distributions.structured import Marginals, StructuredSpikeAndSlab
 from pyro_sparse.distributions.tails import Tails
 from pyro_sparse.distributions.thresholded import (
@@ -60,7 +65,9 @@ from pyro_sparse.distributions.thresholded import (
 __all__ = [
     "Conjugate",
     "GammaThresholded",
+    "GroupLaplace",
     "HardThresholded",
+    "KnownSupport",
     "LaplaceOvershoot",
     "Law",
     "Marginals",
@@ -78,6 +85,7 @@ __all__ = [
     "RateStatistic",
     "RelaxedSpikeAndSlab",
     "ShiftedThresholded",
+    "SignedLaplace",
     "SoftThresholded",
     "SpikeAndSlab",
     "StructuredSpikeAndSlab",
@@ -100,5 +108,6 @@ __all__ = [
     "register_expected_log_prob",
     "register_prox",
     "register_rate_statistic",
+    "restrict",
     "spread",
 ]

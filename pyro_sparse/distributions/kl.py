@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence, register_kl
 from torch.nn.functional import logsigmoid
 
+from pyro_sparse.distributions.known_support import KnownSupport
 from pyro_sparse.distributions.mixed import Mixed
 from pyro_sparse.distributions.relaxed import RelaxedSpikeAndSlab
+from pyro_sparse.distributions.signed import SignedLaplace
 from pyro_sparse.distributions.slabs import probability, sidedness
 
 # Elementwise laws known to have no atom. Of any other type nothing is known, and torch says that no
@@ -46,6 +48,7 @@ WITHOUT_ATOM = (
     dist.AsymmetricLaplace,
     dist.SoftAsymmetricLaplace,
     RelaxedSpikeAndSlab,
+    SignedLaplace,
 )
 
 
@@ -129,6 +132,9 @@ def with_atom(prior: Distribution) -> str:
         >>> with_atom(dist.Laplace(0.0, 1.0))
         'SpikeAndSlab(Laplace(...), probs=...)'
     """
+    if isinstance(prior, KnownSupport):
+        name = type(prior.base_law).__name__
+        return f"SpikeAndSlab({name}(...), probs=torch.where(active, ..., 0.0))"
     slab = prior.slab if isinstance(prior, RelaxedSpikeAndSlab) else prior
     return f"SpikeAndSlab({type(slab).__name__}(...), probs=...)"
 

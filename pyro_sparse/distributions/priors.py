@@ -152,7 +152,7 @@ def spread(law: Law, shape: tuple[int, ...], like: Tensor, *, batch: tuple[int, 
 
 
 def match(law: D, like: Tensor) -> D:
-    """A copy of a distribution whose floating tensors have the dtype and device of ``like``.
+    """A copy of a distribution whose tensors have the device of ``like``, floating ones its dtype.
 
     The distribution itself is returned where nothing has to change.
 
@@ -165,8 +165,9 @@ def match(law: D, like: Tensor) -> D:
     check_tensor("like", like)
     moved: dict[str, object] = {}
     for name, value in vars(law).items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            new: object = value.to(dtype=like.dtype, device=like.device)
+        if isinstance(value, Tensor):
+            dtype = like.dtype if value.is_floating_point() else value.dtype
+            new: object = value.to(dtype=dtype, device=like.device)
         elif isinstance(value, Distribution):
             new = match(value, like)
         else:

@@ -1,11 +1,13 @@
 """What a solver asks of a prior, registered by distribution type.
 
-Two functions dispatch on the type of a distribution, as ``torch.distributions.kl_divergence`` does:
+They dispatch on the type of a distribution, as ``torch.distributions.kl_divergence`` does:
 
 - ``prox(prior, value, step)``: one proximal step on its penalty, ``-log p`` up to a constant. It is
   all that an unrolled encoder needs;
 - ``conjugate(prior)``: the convex conjugate of that penalty, from which a duality gap is computed.
-  It is needed for a certificate by ``solvers.solve``, and exists for convex penalties only.
+  It is needed for a certificate by ``solvers.solve``, and exists for convex penalties only;
+- ``restrict(prior, codes)``: codes with zeros where the prior allows no others, for shrinkages
+  that ask the prior for nothing else.
 
 A user adds a prior of their own::
 
@@ -78,17 +80,39 @@ def register_prox(kind: type) -> Callable[[Callable[..., Tensor]], Callable[...,
 
 
 class Conjugate(NamedTuple):
-    """Convex conjugate of a penalty, ``g*(u) = sup_z u z - g(z)`` with ``g(mode) = 0``, by element.
+    """Convex conjugate of a penalty, ``g*(u) = sup_z u z - g(z)`` with ``g(mode) = 0``.
 
     Attributes:
-        lower: Smallest slope at which it is finite (``-inf`` if there is none).
+        lower: Smallest slope of each code at which it is finite (``-inf`` if there is none).
         upper: Largest slope at which it is finite.
-        value: Its value at slopes within ``[lower, upper]``.
+        value: Its value by element, at slopes where it is finite.
+        gauge: Where codes are not penalised each by itself: of given slopes, how large they are
+            relative to the largest of their direction at which it is finite, in their shape. For a
+            group of codes the Euclidean length over the rate (the dual norm).
     """
 
     lower: Tensor
     upper: Tensor
     value: Callable[[Tensor], Tensor]
+    gauge: Callable[[Tensor], Tensor] | None = None
+
+    def feasible(self, slope: Tensor) -> Tensor:
+        """Largest factor up to one that makes each slope one at which the conjugate is finite.
+
+        Args:
+            slope: Shape of the codes.
+
+        Example:
+            >>> conjugate(dist.Laplace(0.0, 0.5)).feasible(torch.tensor([-1.0, 4.0]))
+            tensor([1.0000, 0.5000])
+        """
+        factor = torch.ones_like(slope)
+        factor = torch.where(slope > self.upper, self.upper / slope, factor)
+        factor = torch.where(slope < self.lower, self.lower / slope, factor)
+        if self.gauge is None:
+            return factor
+        size = self.gauge(slope)
+        return torch.where(size > 1, torch.minimum(factor, 1 / size), factor)
 
 
 @functools.singledispatch
@@ -117,6 +141,28 @@ def register_conjugate(kind: type) -> Callable[[Callable[..., Any]], Callable[..
     log-densities; ``penalty.register`` takes a form without that rounding.
     """
     return conjugate.register(_checked(kind))
+
+
+@functools.singledispatch
+def restrict(prior: Any, codes: Tensor) -> Tensor:
+    """Codes with zeros where the prior allows no others: the wrong sign, outside a known support.
+
+    Of priors of which nothing is registered codes come back as they are.
+
+    Args:
+        prior: A distribution; wrappers (``to_event``, ``expand``) are looked through.
+        codes: Broadcast with its batch and event shape.
+
+    Example:
+        >>> restrict(dist.Exponential(1.0), torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
+    return codes
+
+
+@restrict.register(dist.Exponential)
+def _(prior: dist.Exponential, codes: Tensor) -> Tensor:
+    return codes.relu()
 
 
 def _checked(kind: type) -> type:
@@ -215,6 +261,10 @@ def _look_through(wrapper: type) -> None:
     @conjugate.register(wrapper)
     def _(prior: Any) -> Conjugate:
         return conjugate(prior.base_dist)
+
+    @restrict.register(wrapper)
+    def _(prior: Any, codes: Tensor) -> Tensor:
+        return restrict(prior.base_dist, codes)
 
 
 for _wrapper in (torch.distributions.Independent, ExpandedDistribution):

@@ -33,6 +33,11 @@ def check_slab(slab: object) -> None:
             f"Expected a slab without a gate of its own, got {type(slab).__name__}. Use its slab: "
             "SpikeAndSlab(law.slab, probs)."
         )
+    if getattr(slab, "has_fixed_zeros", False):
+        raise ValueError(
+            f"Expected a slab without zeros of its own, got {type(slab).__name__}. Use its base, "
+            "and a probability of zero outside: probs=torch.where(active, probs, 0.0)."
+        )
     support: Any = slab.support
     refused = support.is_discrete or isinstance(slab, dist.Delta | dist.MaskedDistribution)
     if slab.event_shape or refused:

@@ -6,6 +6,7 @@ the probability that it does.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from abc import abstractmethod
@@ -43,6 +44,7 @@ class ThresholdedLaw(Mixed):
     base: Any
     threshold: Tensor
     one_sided: bool
+    _narrow: tuple[Any, ...]
 
     def __init__(
         self,
@@ -78,6 +80,9 @@ class ThresholdedLaw(Mixed):
         return remembered(self, "_derived", (self.base, self.threshold), self._make)
 
     def _make(self) -> tuple[Any, Tensor]:
+        narrow, *parts = vars(self).get("_narrow", (None,))
+        if narrow is not None and parts[0] is self.base and parts[1] is self.threshold:
+            return narrow.slab.expand(self.batch_shape), narrow.logits.expand(self.batch_shape)
         centre = self._centre()
         if centre is None:
             above = below = overshoot(self.base, -self.threshold)
@@ -124,8 +129,8 @@ class ThresholdedLaw(Mixed):
         new.base = self.base.expand(batch_shape)
         new.threshold = self.threshold.expand(batch_shape)
         new.one_sided = self.one_sided
-        slab, logits = self.slab.expand(batch_shape), self.logits.expand(batch_shape)
-        remembered(new, "_derived", (new.base, new.threshold), lambda: (slab, logits))
+        # Who only draws by the map, or compares the bases, never asks what is derived: not yet.
+        new._narrow = (copy.copy(self), new.base, new.threshold)
         super(ThresholdedLaw, new).__init__(batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new

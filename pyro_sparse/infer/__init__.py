@@ -26,6 +26,7 @@ from pyro_sparse.infer.log_weights import LogWeights, log_weights
 from pyro_sparse.infer.noise import NoiseEM
 from pyro_sparse.infer.perceptual import PerceptualLoss, ms_ssim
 from pyro_sparse.infer.phases import Phase, Update
+from pyro_sparse.infer.projections import Project
 from pyro_sparse.infer.published import Concrete, StraightThrough, SubGradient
 from pyro_sparse.infer.schedules import (
     Constant,
@@ -36,6 +37,7 @@ from pyro_sparse.infer.schedules import (
     Warmup,
 )
 from pyro_sparse.infer.supervised import Reconstruct, Supervised
+from pyro_sparse.infer.without import Without
 
 __all__ = [
     "BestOf",
@@ -68,6 +70,7 @@ __all__ = [
     "PerceptualLoss",
     "Phase",
     "Progress",
+    "Project",
     "RateEM",
     "RateLoss",
     "Reconstruct",
@@ -82,6 +85,7 @@ __all__ = [
     "Supervised",
     "Update",
     "Warmup",
+    "Without",
     "enumerate_posterior",
     "fit",
     "gibbs",

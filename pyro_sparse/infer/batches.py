@@ -7,8 +7,8 @@ never loaded whole. Several processes each read their share of the same minibatc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Batch:
         number: Position in its epoch, from 0.
         size: Number of data in the whole minibatch, over all processes.
         own: Number of them that this process counts.
+        given: What else is known of the data, by name, first dimension ``n``.
     """
 
     y: Tensor
@@ -41,6 +42,7 @@ class Batch:
     number: int
     size: int
     own: int
+    given: dict[str, Tensor] = field(default_factory=dict)
 
     def where(self) -> str:
         """Words for a message: which batch, and which data."""
@@ -82,6 +84,7 @@ class Rows(Source):
         seed: Seed of the order.
         rank: This process.
         world_size: Number of processes; each reads every ``world_size``-th row of a minibatch.
+        given: What else is known of each datum, by name.
     """
 
     batch_size: int
@@ -94,8 +97,10 @@ class Rows(Source):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        given: dict[str, Tensor] | None = None,
     ) -> None:
         self.data = data
+        self.given = {} if given is None else given
         self.mask = mask
         self.num_data = len(data)
         self.batch_size = batch_size
@@ -122,7 +127,9 @@ class Rows(Source):
         y, mask = _take(self.data, share)
         if self.mask is not None:
             mask = self.mask[torch.from_numpy(share)]
-        return Batch(*_place(y, mask, like), share, number, size, own)
+        index = torch.from_numpy(share)
+        given = {name: known[index].to(like.device) for name, known in self.given.items()}
+        return Batch(*_place(y, mask, like), share, number, size, own, given)
 
 
 class Loader(Source):
@@ -162,6 +169,7 @@ def open_source(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    given: Mapping[str, Any] | None = None,
 ) -> Source:
     """A source for what a user hands to ``fit``, checked as far as it can be without reading it.
 
@@ -179,6 +187,8 @@ def open_source(
                 "Expected no mask= and no batch_size= with a DataLoader: it makes its own batches, "
                 "and gives pairs (y, mask) where samples are missing."
             )
+        if given:
+            raise ValueError("Expected no given= with a DataLoader, whose order is its own.")
         if len(data) == 0:
             raise ValueError("Expected data with at least one datum, got a loader of no batches.")
         return Loader(data, world_size)
@@ -199,7 +209,8 @@ def open_source(
         )
     if not isinstance(data, Dataset):
         mask = None if mask is None else _as_mask(data, mask)
-    source = Rows(data, mask, batch_size, seed, rank, world_size)
+    known = {} if given is None else _as_given(given, size)
+    source = Rows(data, mask, batch_size, seed, rank, world_size, known)
     if not isinstance(data, Dataset | np.memmap):
         check_finite(data, mask)
         source.searched = True
@@ -288,6 +299,20 @@ def _array(values: Any) -> Any:
 def _as_mask(data: Any, mask: Any) -> Tensor:
     like = torch.empty(()).expand(tuple(data.shape))
     return check_mask(like, mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask)))
+
+
+def _as_given(given: Mapping[str, Any], size: int) -> dict[str, Tensor]:
+    known = {
+        name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        for name, value in given.items()
+    }
+    for name, value in known.items():
+        if value.dim() == 0 or len(value) != size:
+            raise ValueError(
+                f"Expected given[{name!r}] to have one entry for each of the {size} data, got "
+                f"shape {tuple(value.shape)}."
+            )
+    return known
 
 
 def _place(y: Tensor, mask: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +57,7 @@ def fit(
     data: Any,
     *,
     mask: Any = None,
+    given: Mapping[str, Any] | None = None,
     loss: Objective | None = None,
     optimizer: Optimizer = torch.optim.Adam,
     schedule: Schedule | None = None,
@@ -90,6 +91,8 @@ def fit(
             ``(datum, mask)``, or a ``DataLoader`` of batches. Cast to the parameters' dtype and
             moved to their device one minibatch at a time, never written to.
         mask: True where a sample was observed, broadcastable to ``data``.
+        given: What else is known of each datum, such as ``{"label": classes}``, first dimension
+            ``num_data``. Both programs are called with the minibatch's part, ``label=...``.
         loss: Objective; default ``SparseELBO()``. Any of Pyro's ELBOs works too.
         optimizer: Makes an optimiser of the parameters: a class, or
             ``functools.partial(torch.optim.Adam, lr=1e-2)``.
@@ -137,6 +140,8 @@ def fit(
         >>> history.epoch_loss[1] < history.epoch_loss[0]
         True
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"Expected given to be a dict by name, got {type(given).__name__}.")
     check_kinds(
         programs={"model": model, "guide": guide},
         makers={"loss": loss, "optimizer": optimizer, "schedule": schedule},
@@ -160,7 +165,7 @@ def fit(
     if not phases:
         raise ValueError("Expected at least one phase, got none.")
     rank, world_size = rank_and_size()
-    source = open_source(data, mask, batch_size, seed, rank, world_size)
+    source = open_source(data, mask, batch_size, seed, rank, world_size, given)
     for program in (model, guide):
         if device is not None and isinstance(program, nn.Module):
             program.to(device)
@@ -174,7 +179,9 @@ def fit(
     training.held_out = (
         None
         if early_stopping is None or early_stopping.data is None
-        else open_source(early_stopping.data, early_stopping.mask, None, 0)
+        else open_source(
+            early_stopping.data, early_stopping.mask, None, 0, given=early_stopping.given
+        )
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         # Parts that stand still in a phase are meant to.
@@ -525,7 +532,7 @@ class _Training:
     def _arguments(
         self, batch: Batch, num_data: int | None = None
     ) -> tuple[tuple[Tensor, int], dict[str, Tensor]]:
-        kwargs = {} if batch.mask is None else {"mask": batch.mask}
+        kwargs = dict(batch.given) if batch.mask is None else {**batch.given, "mask": batch.mask}
         return (batch.y, self.source.num_data if num_data is None else num_data), kwargs
 
 

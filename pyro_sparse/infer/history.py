@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,12 +43,14 @@ class EarlyStopping:
         min_delta: What counts as one, in nats per datum, ``>= 0``.
         data: Validation data, shape ``(n, *signal_shape)``; without them the training loss counts.
         mask: True where a validation sample was observed.
+        given: What else is known of the validation data, as in ``fit``.
     """
 
     patience: int
     min_delta: float = 0.0
     data: Any = None
     mask: Any = None
+    given: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_whole("patience", self.patience, 1)

@@ -18,8 +18,9 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 
-from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab
+from pyro_sparse.distributions.mixed import Mixed, SpikeAndSlab, WithAtom
 from pyro_sparse.distributions.moments import Untouched
 
 Program = Callable[..., Any]
@@ -46,6 +47,19 @@ def is_gated(law: Any) -> bool:
     """Whether a law has an atom at zero: a mixed one, or one with dependent gates."""
     law = leaf(law)
     return isinstance(law, Mixed) or hasattr(law, "rsample_given_gates")
+
+
+def has_atom(law: Any) -> bool:
+    """Whether zero has a probability: a law with gates, or any whose support says so."""
+    if is_gated(law):
+        return True
+    try:
+        support = leaf(law).support
+    except NotImplementedError:
+        return False
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return isinstance(support, WithAtom)
 
 
 def is_scored(law: Any) -> bool:

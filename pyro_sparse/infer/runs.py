@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor, nn
 
-from pyro_sparse.infer.integrand import is_gated, leaf
+from pyro_sparse.infer.integrand import has_atom, leaf
 from pyro_sparse.infer.numbers import check_whole
 from pyro_sparse.infer.programs import Apart, kept
 from pyro_sparse.infer.sites import check_sites
@@ -244,8 +244,8 @@ class Runs:
 
     def _run(self, start: int, size: int) -> Run:
         guide_trace, model_trace = self._traces(self.guide)
-        log_q = self._log_densities(guide_trace, size)
-        log_p = self._log_densities(model_trace, size)
+        log_q = self.log_densities(guide_trace, size)
+        log_p = self.log_densities(model_trace, size)
         return Run(self, start, size, guide_trace, model_trace, log_p, log_q)
 
     def _traces(self, guide: Program) -> tuple[poutine.Trace, poutine.Trace]:
@@ -254,7 +254,7 @@ class Runs:
         replayed = poutine.replay(self.model, trace=guide_trace)
         return guide_trace, poutine.trace(replayed).get_trace(*args, **self.kwargs)
 
-    def _log_densities(self, trace: poutine.Trace, size: int) -> dict[str, Tensor]:
+    def log_densities(self, trace: poutine.Trace, size: int) -> dict[str, Tensor]:
         """Of each draw and datum: masked, not scaled, summed over all other plates."""
         found = {}
         for name, site in _sites(trace).items():
@@ -287,7 +287,7 @@ class Runs:
         with torch.random.fork_rng():
             alone = self._traces(_Given(values)(self.guide))
         for trace, together in zip(alone, (run.log_q, run.log_p)):
-            for name, value in self._log_densities(trace, 1).items():
+            for name, value in self.log_densities(trace, 1).items():
                 first = together[name][:1]
                 # Far above the rounding of float32, far below what another computation would give.
                 close = (first - value).abs() <= 0.05 + 1e-3 * value.abs()
@@ -408,7 +408,7 @@ def _place(site: Any) -> Place:
         shape=tuple(frame.size for frame in plates) + event,
         value_shape=tuple(value.shape),
         tied_dims=len(_elementwise(law).event_shape),
-        gated=is_gated(law),
+        gated=has_atom(law),
         dtype=value.dtype,
     )
 

@@ -15,10 +15,13 @@ import pyro_sparse.infer.savable_layers  # noqa: F401  registers torch's layers
 from pyro_sparse.dictionaries import Composition, Conv, Dense, Interior, Overhang, Periodic
 from pyro_sparse.distributions import (
     GammaThresholded,
+    GroupLaplace,
     HardThresholded,
+    KnownSupport,
     Rate,
     RelaxedSpikeAndSlab,
     ShiftedThresholded,
+    SignedLaplace,
     SoftThresholded,
     SpikeAndSlab,
 )
@@ -112,6 +115,20 @@ def _thresholded(cls: type) -> Callable[..., Any]:
     return build
 
 
+def _grouped(rate: Tensor, event_shape: Any, group: Any, one_sided: bool) -> GroupLaplace:
+    made = GroupLaplace(rate, event_shape, group=group, one_sided=one_sided, validate_args=True)
+    if math.prod(made.event_shape) > 2**26:  # its mean is of that shape
+        raise ValueError(f"Expected event_shape of at most 2**26 entries, got {event_shape}.")
+    return GroupLaplace(rate, event_shape, group=group, one_sided=one_sided)
+
+
+def _known_support(base: Any, active: Tensor) -> KnownSupport:
+    shapes = {tuple(getattr(base, "batch_shape", ())), tuple(active.shape)}
+    if len(shapes) != 1:  # different ones could broadcast to any size
+        raise ValueError(f"Expected a base and active of one shape, got {sorted(shapes)}.")
+    return KnownSupport(base, active)
+
+
 def _independent(base: Any, dims: int) -> Any:
     if type(dims) is not int or not 0 <= dims <= len(base.batch_shape):
         raise ValueError(f"Expected 0 to {len(base.batch_shape)} dims, got {dims}.")
@@ -179,7 +196,7 @@ def _register_all() -> None:
         name="pyro_sparse.solvers.Unrolled",
         arguments=lambda solver: {
             **listed("dictionary", "likelihood", "num_steps", "method", "shrinkage")(solver),
-            **listed("step_size", "lipschitz", "analysis", "synthesis")(solver),
+            **listed("step_size", "lipschitz", "analysis", "synthesis", "recurrence")(solver),
         },
     )
     place = "pyro_sparse.solvers."
@@ -254,6 +271,27 @@ def _register_all() -> None:
         name=place + "GammaThresholded",
         arguments=listed("loc", "scale", "concentration", "rate"),
         build=_law(GammaThresholded),
+    )
+    register_savable(
+        SignedLaplace,
+        name=place + "SignedLaplace",
+        arguments=listed("rate", "signs"),
+        build=_law(SignedLaplace),
+    )
+    register_savable(
+        GroupLaplace,
+        name=place + "GroupLaplace",
+        arguments=lambda law: {
+            **listed("rate", "group", "one_sided")(law),
+            "event_shape": tuple(law.event_shape),
+        },
+        build=_grouped,
+    )
+    register_savable(
+        KnownSupport,
+        name=place + "KnownSupport",
+        arguments=lambda law: {"base": law.base_law, "active": law.active},
+        build=_known_support,
     )
     for gated, more in ((SpikeAndSlab, ()), (RelaxedSpikeAndSlab, ("temperature",))):
         register_savable(

@@ -13,7 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_sparse.distributions.kl import with_atom
-from pyro_sparse.infer.integrand import is_gated, leaf
+from pyro_sparse.infer.integrand import has_atom, leaf
 
 
 def check_sites(
@@ -69,13 +69,13 @@ def check_measures(name: str, law: Any, prior: Any) -> None:
             the guide's is a point where the prior has one.
     """
     guide_law, model_law = type(leaf(law)).__name__, type(leaf(prior)).__name__
-    if is_gated(law) and not is_gated(prior):
+    if has_atom(law) and not has_atom(prior):
         raise ValueError(
             f"Expected a prior with an atom at zero at site {name!r}, as the guide's {guide_law} "
             f"has one, got {model_law}: their KL is infinite. Use {with_atom(leaf(prior))} in the "
             "model."
         )
-    if isinstance(leaf(law), dist.Delta) and is_gated(prior):
+    if isinstance(leaf(law), dist.Delta) and has_atom(prior):
         raise ValueError(
             f"Expected a guide with a law at site {name!r}, got Delta against {model_law}: a point "
             "and a density with an atom have no optimum that is independent of units. Use "

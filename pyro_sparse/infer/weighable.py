@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_sparse.infer.integrand import is_gated, leaf
+from pyro_sparse.infer.integrand import has_atom, leaf
 from pyro_sparse.infer.numbers import check_whole
 
 PLATE_OF_DRAWS = "_pyro_sparse_draws"
@@ -88,7 +88,7 @@ def check_pair(of_guide: dict[str, Any], of_model: dict[str, Any]) -> None:
                 f"{name!r}. If it is enumerated, sum it out in the model, or sample it in the "
                 "guide too."
             )
-        pair = [(s["fn"], is_gated(s["fn"])) for s in (of_model[name], of_guide[name])]
+        pair = [(s["fn"], has_atom(s["fn"])) for s in (of_model[name], of_guide[name])]
         (prior, in_model), (law, in_guide) = pair
         if in_model != in_guide:
             with_atom = "model" if in_model else "guide"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,6 +89,22 @@ class Problem:
         ascent = step * self.analysis.adjoint(self.score(predictor))
         return ascent if point is None else point + ascent
 
+    def bend(self, point: Tensor) -> Callable[[Tensor], Tensor]:
+        """Minus the derivative of the score by the predictor, along a direction of the latter.
+
+        Args:
+            point: The codes whose predictor it is taken at.
+        """
+        predictor = self.synthesis.forward(point).detach().requires_grad_()
+        with torch.enable_grad():
+            score = self.score(predictor)
+
+        def along(direction: Tensor) -> Tensor:
+            (change,) = torch.autograd.grad(score, predictor, direction, retain_graph=True)
+            return -change
+
+        return along
+
     def proximal_step(self, point: Tensor | None, step: Tensor) -> Tensor:
         """One proximal-gradient step, from ``point`` (None for zero)."""
         return prox(self.law, self.ascend(point, step), step)
@@ -109,10 +126,7 @@ class Problem:
         score = self.score(self.synthesis.forward(codes))
         slope = self.synthesis.adjoint(score)
         bounds = conjugate(self.law)
-        one = torch.ones_like(slope)
-        shrink = torch.where(slope > bounds.upper, bounds.upper / slope, one)
-        shrink = torch.where(slope < bounds.lower, bounds.lower / slope, shrink)
-        shrink = shrink.flatten(-self.code_dims).amin(-1)  # one for each datum
+        shrink = bounds.feasible(slope).flatten(-self.code_dims).amin(-1)  # one for each datum
         in_codes = shrink.reshape(*shrink.shape, *[1] * self.code_dims)
         in_signal = shrink.reshape(*shrink.shape, *[1] * (self.y.dim() - shrink.dim()))
         penalties = bounds.value(in_codes * slope).flatten(-self.code_dims).sum(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.dictionaries.base import check_sizes
-from pyro_sparse.distributions import Law, prox
+from pyro_sparse.distributions import Law, prox, restrict
 from pyro_sparse.ops import check_tensor, hard_threshold, soft_threshold
 
 
@@ -18,7 +18,13 @@ class Shrinkage(nn.Module):
     r"""Declares the last part of a layer: from the value of a gradient step to codes.
 
     A user's own is a module with this ``forward``. It runs at every layer and checks nothing.
+
+    Attributes:
+        keeps_support: Whether codes have by themselves the signs and the support that the prior
+            allows. Of others the encoder makes zeros where there may be none.
     """
+
+    keeps_support: bool = False
 
     def forward(self, law: Law, value: Tensor, step: Tensor, layer: int, num_layers: int) -> Tensor:
         """Codes of a layer.
@@ -34,6 +40,14 @@ class Shrinkage(nn.Module):
             Shape of ``value``.
         """
         raise NotImplementedError
+
+    def allowed(self, law: Law, value: Tensor, step: Tensor, layer: int, num_layers: int) -> Tensor:
+        """What ``forward`` gives, with zeros where the prior allows no code, or none of that sign.
+
+        Of the codes alone: a value below zero with a bias below it is no code, and stays none.
+        """
+        codes: Tensor = self(law, value, step, layer, num_layers)
+        return codes if self.keeps_support else restrict(law, codes)
 
     def check(self, dictionary: Dictionary) -> None:
         """Refuse a dictionary whose codes this does not fit; once, when an encoder is made.
@@ -72,6 +86,8 @@ class Proximal(Shrinkage):
         tensor([ 2.5000,  0.5000, -1.5000])
     """
 
+    keeps_support = True
+
     def __init__(self, num_atoms: int | None = None, *, decay: float = 1.0) -> None:
         super().__init__()
         _check_decay(decay)
@@ -96,9 +112,9 @@ class Proximal(Shrinkage):
 class HardThreshold(Shrinkage):
     r"""Keep codes above a level as they are, drop the others: :math:`z = u\, 1[|u| > \theta]`.
 
-    The level is in code units; neither the prior nor the step size scales it, and what is kept is
-    not shrunk, so that the bias of a Laplace prior is absent from the codes. There is no gradient
-    by the level.
+    The level is in code units; neither the prior nor the step size scales it (the prior's signs and
+    support an encoder keeps), and what is kept is not shrunk, so that the bias of a Laplace prior
+    is absent from the codes. There is no gradient by the level.
 
     Args:
         level: :math:`\theta \ge 0`: a number, or shape ``(atoms,)``.
@@ -142,9 +158,9 @@ class HardThreshold(Shrinkage):
 class Bias(Shrinkage):
     r"""A free, learned bias: :math:`z = \mathrm{ReLU}(u - b_k)`, or soft shrinkage by it.
 
-    The prior and the step size have no say, as in the published networks (LISTA, CSCNet, DCEA). A
-    negative bias is allowed one-sided: it adds to codes, and a reading as inference under a
-    sparse prior is lost.
+    The prior's rate and the step size have no say, as in the published networks (LISTA, CSCNet,
+    DCEA); signs and support that the prior allows an encoder keeps. A negative bias is allowed
+    one-sided: it adds to codes, and a reading as inference under a sparse prior is lost.
 
     Args:
         init: Starting value in code units: a number, or shape ``(atoms,)``.
@@ -224,6 +240,8 @@ class TopK(Shrinkage):
         tensor([ 0.,  0., -3.])
     """
 
+    keeps_support = True
+
     def __init__(self, inner: Shrinkage, num_active: int, *, every: int = 1) -> None:
         super().__init__()
         if not isinstance(inner, Shrinkage):
@@ -236,7 +254,8 @@ class TopK(Shrinkage):
     def forward(  # noqa: D102
         self, law: Law, value: Tensor, step: Tensor, layer: int, num_layers: int
     ) -> Tensor:
-        codes: Tensor = self.inner(law, value, step, layer, num_layers)
+        # The choice is among codes that may be.
+        codes = self.inner.allowed(law, value, step, layer, num_layers)
         last = layer == num_layers - 1
         if not last and (layer + 1) % self.every:
             return codes

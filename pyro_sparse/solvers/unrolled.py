@@ -12,7 +12,7 @@ from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Law
 from pyro_sparse.likelihoods import Likelihood, check_mask
 from pyro_sparse.ops import check_tensor
-from pyro_sparse.solvers.gradients import current_gradient
+from pyro_sparse.solvers.gradients import Curvature, current_gradient
 from pyro_sparse.solvers.methods import FISTA, Method, State
 from pyro_sparse.solvers.problem import Problem
 from pyro_sparse.solvers.shrinkage import Proximal, Shrinkage
@@ -46,13 +46,18 @@ class Unrolled(nn.Module):
         analysis: Where :math:`D^T` is taken from; the dictionary if not given. Any dictionary with
             the same shapes, such as a copy, which then has weights of its own.
         synthesis: Where :math:`D` in the layers is taken from, likewise.
+        recurrence: A linear map :math:`S` from codes to codes, such as ``nn.Linear(atoms, atoms,
+            bias=False)``. Layers then are :math:`z_{t+1} = \mathrm{shrink}_t(E y + S w_t)` with
+            :math:`E` the adjoint of ``analysis``, and neither the likelihood nor ``synthesis`` has
+            a say; samples that were not observed are taken as zero.
 
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If a number is out of its range.
 
     References:
-        Gregor & LeCun (2010), ICML; Tolooshams, Dey & Ba (2021), IEEE TNNLS 32(6) (CRsAE).
+        Gregor & LeCun (2010), ICML; Tolooshams, Dey & Ba (2021), IEEE TNNLS 32(6) (CRsAE); with a
+        recurrence: Rolfe & LeCun (2013), ICLR, eq. (2).
     """
 
     def __init__(
@@ -67,11 +72,13 @@ class Unrolled(nn.Module):
         lipschitz: float | None = None,
         analysis: Dictionary | None = None,
         synthesis: Dictionary | None = None,
+        recurrence: nn.Module | None = None,
     ) -> None:
         super().__init__()
         for name, part in (("dictionary", dictionary), ("analysis", analysis)):
             _check_kind(name, part, Dictionary, optional=name == "analysis")
         _check_kind("synthesis", synthesis, Dictionary, optional=True)
+        _check_kind("recurrence", recurrence, nn.Module, optional=True)
         _check_kind("likelihood", likelihood, Likelihood)
         _check_kind("method", method, Method, optional=True)
         _check_kind("num_steps", num_steps, Integral)
@@ -92,6 +99,7 @@ class Unrolled(nn.Module):
         self.likelihood = likelihood
         self.analysis = analysis
         self.synthesis = synthesis
+        self.recurrence = recurrence
         self.num_steps = num_steps
         self.method = FISTA() if method is None else method
         self.step_size = step_size
@@ -175,24 +183,47 @@ class _Layers:
         self.method, self.shrinkage = encoder.method, encoder.shrinkage
         self.problem, self.step = problem, step
         self.code_dims = problem.code_dims
-        self.symmetric = problem.analysis is problem.synthesis
+        self.recurrence = encoder.recurrence
+        self.symmetric = problem.analysis is problem.synthesis and self.recurrence is None
+        self.drive: Tensor | None = None
+        if self.recurrence is not None:
+            self.drive = problem.analysis.adjoint(_observed(problem))
 
     def start(self) -> State:
         return self.method.start()
 
     def layer(self, state: State, index: int) -> State:
-        value = self.problem.ascend(state.point, self.step)
+        value = self.ascend(state.point)
         return self.method.advance(state, self._shrunk(value, index), self.code_dims)
 
-    def ascend(self, point: Tensor) -> Tensor:
-        return self.problem.ascend(point, self.step)
+    def ascend(self, point: Tensor | None) -> Tensor:
+        if self.recurrence is None or self.drive is None:
+            return self.problem.ascend(point, self.step)
+        return self.drive if point is None else self.drive + self.recurrence(point)
+
+    def curvature(self, point: Tensor, index: Tensor) -> Curvature:
+        synthesis, bend = self.problem.synthesis, self.problem.bend(point)
+        few = synthesis.at(index, point.shape)
+        step = self.step.expand(point.shape).take(index)
+
+        def image(values: Tensor) -> Tensor:
+            return bend(few.forward(step * values))
+
+        return Curvature(
+            at_active=lambda values: few.adjoint(image(values)),
+            at_all=lambda values: synthesis.adjoint(image(values)),
+        )
 
     def shrink(self, value: Tensor) -> Tensor:
         return self._shrunk(value, self.num_steps - 1)
 
     def _shrunk(self, value: Tensor, index: int) -> Tensor:
-        codes: Tensor = self.shrinkage(self.problem.law, value, self.step, index, self.num_steps)
-        return codes
+        return self.shrinkage.allowed(self.problem.law, value, self.step, index, self.num_steps)
+
+
+def _observed(problem: Problem) -> Tensor:
+    y, mask = problem.y, problem.mask
+    return y if mask is None else torch.where(mask, y, torch.zeros_like(y))
 
 
 def _check_leading(of_data: torch.Size, of_atoms: torch.Size) -> None:

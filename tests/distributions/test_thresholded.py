@@ -246,6 +246,20 @@ def test_what_is_derived_moves_with_base_and_threshold(kind, base, device):
     torch.testing.assert_close(match(moved, torch.zeros(1)).entropy(), law.entropy())
 
 
+def test_an_expanded_law_derives_late_and_from_the_parts_it_was_expanded_from(kind, base):
+    make, options, _ = KINDS[kind]
+    law = make(BASES[base][0](torch.tensor([0.1, -0.7]), 0.3), 0.7, **options)
+    wide = law.expand((3, 2))
+    fresh = make(law.base.expand((3, 2)), law.threshold.expand(3, 2), **options)
+    law.threshold = law.threshold + 1  # of the narrow law alone
+    torch.testing.assert_close(wide.logits, fresh.logits)
+    torch.testing.assert_close(wide.slab.mean, fresh.slab.mean)
+    # A part of the wide law that is another object counts.
+    wide.threshold = wide.threshold + 0.5
+    moved = make(wide.base, wide.threshold, **options)
+    torch.testing.assert_close(wide.logits, moved.logits)
+
+
 def test_it_is_a_prior_of_codes(kind, base):
     make, options, _ = KINDS[kind]
     like = torch.zeros(1, dtype=torch.float64)

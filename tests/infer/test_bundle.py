@@ -18,6 +18,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from pyro_sparse.dictionaries import Composition, Conv, Dense, Interior, Overhang, Periodic
+from pyro_sparse.distributions import GroupLaplace, KnownSupport, SignedLaplace
 from pyro_sparse.guides import UnrolledEncoder, UnrolledFISTA
 from pyro_sparse.infer import bundle, storage
 from pyro_sparse.infer.bundle import load, register_savable, save
@@ -119,6 +120,8 @@ PRIORS: dict[str, Callable[[], Any]] = {
     "Normal": lambda: dist.Normal(0.0, 0.7),
     "Independent": lambda: dist.Laplace(torch.zeros(6), torch.ones(6)).to_event(1),
     "expanded": lambda: dist.Laplace(0.0, 0.7).expand([6]).to_event(1),
+    "SignedLaplace": lambda: SignedLaplace(1.3, torch.tensor([1, -1, 0, 0, 1, -1])),
+    "KnownSupport": lambda: KnownSupport(dist.Laplace(0.0, 0.7), torch.arange(6) % 3 > 0),
 }
 
 # What comes back ----------------------------------------------------------------------------------
@@ -725,6 +728,16 @@ def test_laws_of_shapes_that_would_broadcast_to_a_terabyte_are_refused(tmp_path:
 
     with_weights(tmp_path / "run", change)
     refused(tmp_path / "run", "Laplace refuses its arguments.*tensors of one shape")
+
+
+@pytest.mark.parametrize("shape", [[2**30, 2**10], [-1], [0], "4", 3, [10**50]])
+def test_groups_of_a_size_that_nothing_holds_are_refused(tmp_path: Path, shape: Any) -> None:
+    save(tmp_path / "run", law=GroupLaplace(torch.ones(1), (2,)))
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    arguments(record, "GroupLaplace").update(event_shape=shape, group=shape)
+    (tmp_path / "run" / "record.json").write_text(json.dumps(record))
+    reseal(tmp_path / "run")
+    refused(tmp_path / "run", "GroupLaplace refuses its arguments")
 
 
 def test_other_groups_and_larger_files_are_refused(victim: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pyro_sparse.dictionaries import Conv, Dense
 from pyro_sparse.distributions import SpikeAndSlab
 from pyro_sparse.guides import UnrolledFISTA
+from pyro_sparse.infer.exact import enumerate_posterior
 from pyro_sparse.infer.log_weights import log_weights
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
@@ -498,6 +499,21 @@ def test_guides_that_do_not_fit(guide: Any, kind: Any, message: str) -> None:
 def test_draws_that_are_impossible_under_the_model_have_weight_zero() -> None:
     weights = log_weights(normal_model, impossible, signals(3, 1)[:, 0], num_samples=4)
     assert bool((weights.local == -math.inf).all())
+
+
+def test_an_enumerated_posterior_is_a_guide_of_which_every_draw_weighs_the_evidence() -> None:
+    """Its support has an atom at zero, though it is no law with gates."""
+    model, y = spike_model(), signals()
+    posterior: Any = enumerate_posterior(y, model.dictionary, model.prior, model.likelihood)
+
+    def guide(y: Tensor, num_data: int) -> None:
+        with data_plate(y, num_data):
+            pyro.sample("codes", posterior)
+
+    weights = log_weights(model, guide, y, num_samples=20).local
+    torch.testing.assert_close(
+        weights, posterior.log_evidence.expand_as(weights), atol=1e-6, rtol=0
+    )
 
 
 def test_numbers_that_are_none_are_named() -> None:

@@ -4,7 +4,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sparse.dictionaries import Conv, Dense
+from pyro_sparse.dictionaries import (
+    Composition,
+    Conv,
+    ConvMap,
+    Dense,
+    LinearMap,
+    Overhang,
+    Periodic,
+)
+from pyro_sparse.dictionaries.composition import CompositionMap
 from pyro_sparse.distributions import register_prox, spread
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.ops import group_soft_threshold
@@ -21,6 +30,7 @@ from pyro_sparse.solvers import (
     differentiated,
 )
 from pyro_sparse.solvers.gradients import current_gradient
+from tests.linear_maps import Mask
 
 ONE = torch.ones((), dtype=torch.float64)
 
@@ -71,6 +81,57 @@ def test_the_implicit_gradient_is_that_of_a_deep_net(problem, method):
     implicit, fixed = gradients(net, y, law, Implicit(tol=1e-10))
     torch.testing.assert_close(fixed, codes, rtol=0, atol=1e-9)
     assert (implicit - deep).norm() <= 1e-4 * deep.norm()
+
+
+def drawn_conv(*args, lengths, **options):
+    def make():
+        dictionary = Conv(*args, **options).double()
+        y = torch.randn(2, args[1], *lengths, dtype=torch.float64)
+        # Of independent Gaussian data every atom sees the same scale: few codes are active.
+        law = spread(dist.Laplace(0.0, 1 / 2.2), dictionary.code_shape(y.shape)[1:], y)
+        return dictionary, y, law
+
+    return make
+
+
+def composed():
+    dictionary, _, law = drawn_conv(3, 1, (3, 3), lengths=(12, 12))()
+    composition = Composition(Mask((1, 12, 12)).double(), dictionary, input_shape=(1, 12, 12))
+    return composition, torch.randn(2, 1, 12, 12, dtype=torch.float64), law
+
+
+FEW_CODES = {
+    "dense": lambda: drawn_dense(),
+    "1-D": drawn_conv(4, 1, 5, lengths=(40,)),
+    "1-D, strided, channels": drawn_conv(4, 2, 5, 3, lengths=(41,)),
+    "2-D": drawn_conv(3, 1, (3, 3), lengths=(12, 12)),
+    "2-D, strided": drawn_conv(5, 1, (4, 3), (2, 1), lengths=(12, 12)),
+    "2-D, channels, overhang": drawn_conv(3, 2, (2, 3), lengths=(12, 12), boundary=Overhang()),
+    "2-D, periodic": drawn_conv(3, 1, (3, 2), lengths=(12, 12), boundary=Periodic()),
+    "3-D": drawn_conv(3, 1, (2, 2, 2), lengths=(6, 6, 6)),
+    "composition": composed,
+}
+
+
+def drawn_dense():
+    dictionary, y, _ = dense_problem()
+    return dictionary, y, spread(dist.Laplace(0.0, 1 / 2.0), (20,), y)
+
+
+@pytest.mark.parametrize("problem", FEW_CODES)
+def test_few_active_codes_have_the_gradient_that_all_would_give(problem, monkeypatch):
+    torch.manual_seed(0)
+    dictionary, y, law = FEW_CODES[problem]()
+    net = Unrolled(dictionary, Gaussian(ONE), num_steps=600, method=FISTA(restart=True))
+    few, codes = gradients(net, y, law, Implicit(tol=1e-12))
+    assert 0 < (codes != 0).double().mean() < 0.12
+    for kind in (ConvMap, CompositionMap):
+        monkeypatch.setattr(kind, "at", LinearMap.at)
+    general, same = gradients(net, y, law, Implicit(tol=1e-12))
+    assert torch.equal(codes, same)
+    torch.testing.assert_close(few, general, rtol=1e-8, atol=1e-8)
+    deep, _ = gradients(net, y, law, BackPropagation())
+    assert (few - deep).norm() <= 1e-4 * deep.norm()
 
 
 def test_the_implicit_gradient_needs_its_solve():

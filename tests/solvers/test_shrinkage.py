@@ -165,3 +165,10 @@ def test_a_shrinkage_of_other_atoms_is_refused_when_the_encoder_is_made(shrinkag
 def test_what_cannot_be_a_shrinkage_is_refused(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_a_bias_below_zero_wakes_no_unit_under_a_one_sided_prior() -> None:
+    law = dist.Exponential(1.0).expand([3]).to_event(1)
+    value, bias = torch.tensor([-1.0, -0.2, 0.3]), Bias(-0.5, two_sided=False)
+    codes = bias.allowed(law, value, torch.tensor(1.0), 0, 1)
+    torch.testing.assert_close(codes, torch.tensor([0.0, 0.3, 0.8]))

@@ -1,0 +1,99 @@
+"""What a battery of checks found, in words that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Finding(NamedTuple):
+    """What one check found.
+
+    Attributes:
+        check: Name of the check.
+        ok: Whether it passed; None where it could not be asked.
+        advice: What was expected, what came, what to try; where it passed, what was seen.
+    """
+
+    check: str
+    ok: bool | None
+    advice: str
+
+
+class NotAsked(Exception):
+    """Raised by a check that does not apply; its message says why."""
+
+
+class Failed(Exception):
+    """Raised by a check that found a fault; its message is the advice."""
+
+
+class Advice(NamedTuple):
+    """All findings about one object. As text a table, the faults first.
+
+    Attributes:
+        subject: What was checked.
+        findings: One for each check, in the order they ran.
+
+    Example:
+        >>> print(Advice("Toy", (Finding("shapes", True, "(3,)"), Finding("mean", False, "nan"))))
+        Toy: 1 of 2 checks failed
+          FAILED  mean    nan
+          ok      shapes  (3,)
+    """
+
+    subject: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """No check failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(found.check for found in self.findings if found.ok is False)
+
+    def raise_if_failed(self) -> None:
+        """For a test of your own.
+
+        Raises:
+            AssertionError: If a check failed, with the whole table.
+        """
+        if self.failed:
+            raise AssertionError(str(self))
+
+    def __str__(self) -> str:
+        width = max((len(found.check) for found in self.findings), default=0)
+        words = {False: "FAILED", None: "-", True: "ok"}
+        order = sorted(self.findings, key=lambda found: (False, None, True).index(found.ok))
+        head = f"{self.subject}: "
+        head += (
+            f"{len(self.failed)} of {len(self.findings)} checks failed"
+            if self.failed
+            else "nothing wrong was found"
+        )
+        indent = " " * (12 + width)
+        lines = [
+            f"  {words[found.ok]:6}  {found.check:{width}}  "
+            + found.advice.replace("\n", f"\n{indent}")
+            for found in order
+        ]
+        return "\n".join([head, *(line.rstrip() for line in lines)])
+
+
+def gather(subject: str, checks: dict[str, Callable[[], str]]) -> Advice:
+    """Run all checks. One that raises something unforeseen has failed, with that as its advice."""
+    findings = []
+    for name, check in checks.items():
+        try:
+            found = Finding(name, True, check())
+        except NotAsked as why:
+            found = Finding(name, None, str(why))
+        except Failed as fault:
+            found = Finding(name, False, str(fault))
+        except Exception as error:
+            found = Finding(name, False, f"raised {type(error).__name__}: {error}")
+        findings.append(found)
+    return Advice(subject, tuple(findings))
