@@ -22,14 +22,15 @@ KNOWN = ("command", "seed", "seconds", "versions")
 def page(records: Path, pictures: Path) -> str:
     """Markdown of all records; pictures are copied to ``pictures``."""
     parts = [HEAD]
-    for file in sorted(records.glob("*.json")):
-        content = json.loads(file.read_text())
-        parts.append(section(file, content))
-        picture = file.with_suffix(".png")
-        if picture.exists():
+    files = sorted(records.glob("*.json"))
+    for file in files:
+        parts.append(section(file, json.loads(file.read_text())))
+        for picture in sorted(records.glob(f"{file.stem}*.png")):
+            if picture != file.with_suffix(".png") and picture.with_suffix(".json") in files:
+                continue  # of a record of its own
             pictures.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, pictures / picture.name)
-            parts.append(f"![{file.stem}]({pictures.name}/{picture.name})\n\n")
+            parts.append(f"![{picture.stem}]({pictures.name}/{picture.name})\n\n")
     return "".join(parts)
 
 
