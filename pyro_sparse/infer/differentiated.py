@@ -21,13 +21,13 @@ class Differentiated:
     With :math:`L` the loss of the data at codes :math:`z_T` and :math:`h` the prior's penalty, the
     published choices are
 
-    ===================  ============================================  ==============================
+    ===================  ============================================  ===========================
     gradient             written as                                    estimates
-    ===================  ============================================  ==============================
+    ===================  ============================================  ===========================
     decoder              ``Differentiated(SparseELBO(), Detached())``  :math:`\partial_2 L`
     encoder, lasso       ``SparseELBO()``                              and through :math:`L + h`
     encoder, least sq.   ``Reconstruction()``                          and through :math:`L` alone
-    ===================  ============================================  ==============================
+    ===================  ============================================  ===========================
 
     The last one is nearest to the gradient at the true codes: of a Laplace prior it leaves a bias
     of second order in the rate, the others one of first order. ``Implicit()`` is the gradient of
