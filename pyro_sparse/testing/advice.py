@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pyro_sparse.infer.findings import NotAsked, table
+
 
 class Finding(NamedTuple):
     """What one check found.
@@ -18,10 +20,6 @@ class Finding(NamedTuple):
     check: str
     ok: bool | None
     advice: str
-
-
-class NotAsked(Exception):
-    """Raised by a check that does not apply; its message says why."""
 
 
 class Failed(Exception):
@@ -65,7 +63,6 @@ class Advice(NamedTuple):
             raise AssertionError(str(self))
 
     def __str__(self) -> str:
-        width = max((len(found.check) for found in self.findings), default=0)
         words = {False: "FAILED", None: "-", True: "ok"}
         order = sorted(self.findings, key=lambda found: (False, None, True).index(found.ok))
         head = f"{self.subject}: "
@@ -74,13 +71,8 @@ class Advice(NamedTuple):
             if self.failed
             else "nothing wrong was found"
         )
-        indent = " " * (12 + width)
-        lines = [
-            f"  {words[found.ok]:6}  {found.check:{width}}  "
-            + found.advice.replace("\n", f"\n{indent}")
-            for found in order
-        ]
-        return "\n".join([head, *(line.rstrip() for line in lines)])
+        rows = ((words[found.ok], found.check, found.advice) for found in order)
+        return "\n".join([head, *table(rows)])
 
 
 def gather(subject: str, checks: dict[str, Callable[[], str]]) -> Advice:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
-from pyro_sparse.testing.advice import Advice, Failed, NotAsked, gather
+from pyro_sparse.infer.findings import NotAsked
+from pyro_sparse.testing.advice import Advice, Failed, gather
 from pyro_sparse.testing.saving import check_saving
 
 _TOLERANCE = 1e-4

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_sparse.infer.findings import NotAsked
 from pyro_sparse.likelihoods import Likelihood
-from pyro_sparse.testing.advice import Advice, Failed, NotAsked, gather
+from pyro_sparse.testing.advice import Advice, Failed, gather
 from pyro_sparse.testing.saving import check_saving
 
 _TOLERANCE = 1e-4

@@ -11,9 +11,10 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyro_sparse.infer import SparseELBO
+from pyro_sparse.infer.findings import NotAsked
 from pyro_sparse.infer.programs import Apart, kept
 from pyro_sparse.infer.sites import check_sites
-from pyro_sparse.testing.advice import Advice, Failed, NotAsked, gather
+from pyro_sparse.testing.advice import Advice, Failed, gather
 from pyro_sparse.testing.saving import check_saving
 
 Program = Callable[..., Any]

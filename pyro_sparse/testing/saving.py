@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pyro_sparse.infer import load, save
-from pyro_sparse.testing.advice import Failed, NotAsked
+from pyro_sparse.infer.findings import NotAsked
+from pyro_sparse.testing.advice import Failed
 
 
 def check_saving(module: nn.Module) -> str:
