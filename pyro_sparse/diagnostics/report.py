@@ -163,7 +163,7 @@ def report(
     thresholds: Thresholds | None = None,
     num_samples: int = 1000,
     max_data: int = 200,
-    refine_steps: int = 200,
+    refine_steps: int = 100,
     site: str = "codes",
     plate: str = "data",
     title: str | None = None,

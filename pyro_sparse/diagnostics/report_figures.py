@@ -32,7 +32,7 @@ from pyro_sparse.diagnostics.topics import predictive_effect
 from pyro_sparse.infer.history import History
 
 _SIZE = (4.6, 3.2)
-_DPI = 200
+_DPI = 150
 _MOST_ATOMS = 64
 _MOST_ROWS = 24
 
@@ -97,7 +97,7 @@ def predictive(check: PredictiveCheck, level: float) -> Picture:
     """Means of statistics over the data, against those of replicates."""
     figure, ax = _one()
     names = list(check.replicated)
-    worst = 0.0
+    labels, worst = [], 0.0
     for row, name in enumerate(names):
         means = check.replicated[name].mean(1)
         scale = max(float(means.std()), torch.finfo(means.dtype).tiny)
@@ -108,14 +108,11 @@ def predictive(check: PredictiveCheck, level: float) -> Picture:
         color = "tab:blue" if level <= p <= 1 - level else "tab:red"
         ax.plot([float(low), float(high)], [row, row], color="0.8", linewidth=9, zorder=1)
         ax.plot([max(-10.0, min(z, 10.0))], [row], "o", color=color, markersize=6, zorder=2)
-        words = f"p = {p:.2g}, {predictive_effect(check, name):+.2f} sd"
-        ax.annotate(
-            words, (1.0, row), (-3, 8), ax.get_yaxis_transform(), "offset points",
-            ha="right", va="center", fontsize=7, color="0.35",
-        )  # fmt: skip
+        effect = predictive_effect(check, name)
+        labels.append(f"{name.replace('_', ' ')}\np = {p:.3g}, {effect:+.2f} sd")
     ax.axvline(0.0, color="0.5", linewidth=0.8, zorder=0)
-    ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    ax.set_ylim(len(names) - 0.5, -0.7)
+    ax.set_yticks(range(len(names)), labels, fontsize=8)
+    ax.set_ylim(len(names) - 0.5, -0.5)
     edge = max(4.0, 1.15 * worst)
     ax.set_xlim(-edge, edge)
     ax.set_xlabel(
@@ -125,8 +122,8 @@ def predictive(check: PredictiveCheck, level: float) -> Picture:
     return Picture(
         "predictive", figure, f"Data against replicates of the model: {told}.",
         f"Dots: the data. Bars: {1 - 2 * level:.0%} of data sets that the model makes at the "
-        "posterior. Red dots lie outside. At the right: tail probability, and the difference in sd "
-        "over the data.",
+        "posterior. Red dots lie outside. p: tail probability; sd: the difference, in sd over the "
+        "data.",
     )  # fmt: skip
 
 
@@ -154,7 +151,8 @@ def active(curve: Reliability, origin: str) -> Picture:
         "P(active)", figure,
         f"Share of codes that were active against P(active), {origin}: expected calibration error "
         f"{curve.ece:.3f}.",
-        f"Are codes called active with probability 0.8 active in eight of ten cases? {origin}.",
+        f"Are codes that are called active with probability 0.8 so in eight of ten cases? "
+        f"({origin[:1].upper()}{origin[1:]}.)",
     )  # fmt: skip
 
 

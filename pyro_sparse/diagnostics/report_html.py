@@ -31,12 +31,14 @@ table { width: 100%; border-collapse: collapse; font-size: .95rem; }
 caption { text-align: left; font-size: .85rem; padding-bottom: .4rem; }
 th, td { text-align: left; vertical-align: top; padding: .55rem .8rem .55rem 0;
   border-top: 1px solid var(--line); }
+thead th:nth-child(3) { width: 46%; }
 thead th { border-top: 0; font-size: .8rem; font-weight: 600; color: var(--quiet); }
 tbody th { white-space: nowrap; font-weight: 600; }
 td.verdict { white-space: nowrap; font-weight: 600; }
-td.advice p { margin: 0; } td .source { display: block; font-size: .8rem; color: var(--quiet); }
+td .source { display: block; font-size: .8rem; color: var(--quiet); }
 .problem { color: var(--problem); } .attention { color: var(--attention); }
 .fine { color: var(--fine); } .not-asked { color: var(--not-asked); }
+footer { margin-top: 2rem; font-size: .85rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
   gap: 1.2rem; }
 figure { margin: 0; break-inside: avoid; }
@@ -46,8 +48,10 @@ figcaption b { color: var(--ink); }
 @media (prefers-color-scheme: dark) { img.lines { filter: invert(.9) hue-rotate(180deg); }
   img.shades { filter: brightness(.85); } }
 @media (max-width: 44rem) { thead { position: absolute; clip-path: inset(50%); }
-  table, tbody, tr, th, td { display: block; } tbody tr { border-top: 1px solid var(--line);
-  padding: .7rem 0; } th, td { border: 0; padding: .1rem 0; } td.verdict { float: right; }
+  table, caption, tbody, th, td { display: block; }
+  tbody tr { display: grid; grid-template-columns: 1fr auto; gap: .1rem 1rem; padding: .7rem 0;
+  border-top: 1px solid var(--line); }
+  th, td { border: 0; padding: 0; } td.seen, td.advice { grid-column: 1 / -1; }
   td:empty { display: none; } }
 @media print { :root { --ink: #000; --quiet: #444; --line: #bbb; --page: #fff; --card: #fff;
   --problem: #b42318; --attention: #8a5a00; --fine: #1a6b3c; --not-asked: #444; }
@@ -77,7 +81,7 @@ def page(
         made: How it was made.
     """
     told = "\n".join(
-        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()
+        f"<div><dt>{escape(k)}</dt><dd>{_worded(v)}</dd></div>" for k, v in facts.items()
     )
     rows = "\n".join(map(_row, findings))
     drawn = "\n".join(map(_figure, pictures))
@@ -129,14 +133,16 @@ def _row(found: Finding) -> str:
     if found.threshold is not None:
         source = (
             f'<span class="source">threshold {found.threshold:.3g}, measured '
-            f"{found.value:.3g}; {escape(found.source)}</span>"
+            f"{found.value:.3g}; {_worded(found.source)}</span>"
         )
+    asked = found.verdict != "not asked"
+    wide = "" if asked else ' colspan="2"'
+    advice = f'<td class="advice">{_worded(found.advice)}</td>' if asked else ""
     return (
         f'<tr><th scope="row">{escape(found.topic)}</th>'
         f'<td class="verdict {kind}"><span aria-hidden="true">{_SIGNS[found.verdict]}</span> '
         f"{found.verdict}</td>"
-        f"<td>{escape(_sentence(found.seen))}{source}</td>"
-        f'<td class="advice">{escape(found.advice)}</td></tr>'
+        f'<td class="seen"{wide}>{_worded(_sentence(found.seen))}{source}</td>{advice}</tr>'
     )
 
 
@@ -146,6 +152,11 @@ def _figure(picture: Picture) -> str:
         f'<figure><img class="{kind}" src="{picture.data_uri()}" alt="{escape(picture.alt)}">'
         f"<figcaption><b>{escape(picture.name)}</b> {escape(picture.caption)}</figcaption></figure>"
     )
+
+
+def _worded(text: str) -> str:
+    """For a page, which has more signs than a terminal."""
+    return escape(text.replace(" +- ", " \N{PLUS-MINUS SIGN} "))
 
 
 def _sentence(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ LEVEL = 0.9
 FEWEST_STEPS = 50
 """Steps of a training from which its end can be judged: a tenth of them are five."""
 
+FEWEST_EPOCHS = 6
+"""Epochs from which their means are compared, in place of steps."""
+
+_Array = np.ndarray[Any, Any]
+
 
 def training(history: History, limits: Thresholds) -> Finding:
     """Has the loss come to rest, and was nothing skipped or undone?"""
@@ -31,16 +37,12 @@ def training(history: History, limits: Thresholds) -> Finding:
     if len(steps) < FEWEST_STEPS:
         raise NotAsked(f"needs a history of at least {FEWEST_STEPS} steps, got {len(steps)}")
     source = "Kass & Raftery (1995): 1 nat; a tenth of it asks for attention"
-    width = len(steps) // 10
-    before, last = steps[-2 * width : -width], steps[-width:]
-    before, last = before[np.isfinite(before)], last[np.isfinite(last)]
-    if min(len(before), len(last)) < 2 or not np.isfinite(steps[-1]):
+    if not np.isfinite(steps[-(len(steps) // 10) :]).any():
         return Finding(
             "training", "problem", "the loss at the end is not finite", source=source,
             advice="Lower the learning rate, look at history.faults, and train again.",
         )  # fmt: skip
-    fall = float(before.mean() - last.mean())
-    se = _se_of_blocks(before, last)
+    fall, se = _fall_at_the_end(steps, np.asarray(history.epoch_loss, dtype=float))
     sure = abs(fall) > 2 * se
     seen = (
         f"over the last tenth of {len(steps)} steps the loss "
@@ -63,6 +65,9 @@ def training(history: History, limits: Thresholds) -> Finding:
             if fall > 0
             else "The loss rises: lower the learning rate, unless a weight is still warming up."
         )
+    elif 2 * se > limits.nats:
+        verdict = "attention"
+        advice = "Minibatches are too noisy to tell: train more epochs, or validate."
     elif history.faults:
         verdict = "attention"
         advice = "Read history.faults; a lower learning rate often helps."
@@ -177,13 +182,13 @@ def predictive(check: PredictiveCheck, limits: Thresholds) -> Finding:
     if not wrong:
         name = max(effects, key=lambda name: abs(effects[name]))
         seen = (
-            f"no statistic is unlike the model; furthest {name}, p = {check.overall[name]:.2g}, "
+            f"no statistic is unlike the model; furthest {name}, p = {check.overall[name]:.3g}, "
             f"{effects[name]:+.2f} sd"
         )
         return Finding("predictive", "fine", seen, abs(effects[name]), limits.effect, source)
     worst = max(large or wrong, key=lambda name: abs(effects[name]))
     listed = ", ".join(
-        f"{name} (p = {check.overall[name]:.2g}, {effects[name]:+.2f} sd)"
+        f"{name} (p = {check.overall[name]:.3g}, {effects[name]:+.2f} sd)"
         for name in sorted(wrong, key=lambda name: -abs(effects[name]))[:3]
     )
     verdict: Verdict = "problem" if large else "attention"
@@ -211,15 +216,15 @@ def calibration(found: SBC, limits: Thresholds) -> Finding:
 
     def rank(name: str) -> tuple[bool, float]:  # what is no noise comes first
         far = abs(covered[name].share - LEVEL)
-        return far > 2 * covered[name].se, far
+        return far > 3 * _se(covered[name]), far
 
     name = max(covered, key=rank, default="")
     worst = covered.get(name)
     off = 0.0 if worst is None else abs(worst.share - LEVEL)
-    seen = f"{found.num_simulations} simulations, p = {found.p_value:.2g} of all tests"
+    seen = f"{found.num_simulations} simulations, p {_p(found.p_value)} of all tests"
     if worst is not None:
-        seen += f"; {LEVEL:.0%} intervals hold {worst.share:.0%} +- {worst.se:.0%} ({name})"
-    large = worst is not None and off > limits.calibration and off > 2 * worst.se
+        seen += f"; {LEVEL:.0%} intervals hold {worst.share:.0%} +- {_se(worst):.0%} ({name})"
+    large = worst is not None and off > limits.calibration and off > 3 * _se(worst)
     verdict: Verdict = "problem" if large else "attention" if found.alarm else "fine"
     advice = ""
     if verdict != "fine":
@@ -266,14 +271,11 @@ def true_codes(found: Calibration, limits: Thresholds) -> Finding:
     cover = _coverage(found)
     if not cover.number:
         raise NotAsked("needs true codes that are active, with enough active draws")
-    off = abs(cover.share - LEVEL)
+    off, se = abs(cover.share - LEVEL), _se(cover)
     kind = "of active codes " if found.pit_active is not None else ""
-    seen = f"{LEVEL:.0%} intervals {kind}hold {cover.share:.1%} +- {cover.se:.1%} of the true codes"
-    verdict: Verdict = (
-        "fine" if off <= limits.calibration else "problem" if off > 2 * cover.se else "attention"
-    )
-    advice = ""
-    if verdict != "fine":
+    seen = f"{LEVEL:.0%} intervals {kind}hold {cover.share:.1%} +- {se:.1%} of the true codes"
+    verdict, advice = _beyond(off, limits.calibration, se)
+    if off > limits.calibration and verdict != "fine":
         how = "narrow" if cover.share < LEVEL else "wide"
         advice = f"Intervals are too {how}: a richer guide, or another noise scale or prior."
     source = "argument calibration"
@@ -285,8 +287,8 @@ def amortisation(gap: AmortisationGap, limits: Thresholds) -> Finding:
     mean = float(gap.amortisation.mean())
     se = float(gap.se.square().sum().sqrt()) / len(gap.se)
     seen = (
-        f"refining each of {len(gap.bound)} data gains {mean:.2g} +- {se:.1g} nats a datum, at "
-        f"most {float(gap.amortisation.max()):.2g}"
+        f"refining each of {len(gap.bound)} data gains at least {mean:.2g} +- {se:.1g} nats a "
+        f"datum; largest {float(gap.amortisation.max()):.2g}"
     )
     verdict = _graded(mean if mean > 2 * se else 0.0, limits.nats)
     advice = "" if verdict == "fine" else "More layers or training of the encoder, or guide.refine."
@@ -310,17 +312,50 @@ def _graded(size: float, limit: float) -> Verdict:
     return "problem" if size > limit else "attention" if size > limit / 10 else "fine"
 
 
+def _beyond(size: float, limit: float, se: float) -> tuple[Verdict, str]:
+    """Verdict on a number with noise; and what to do where there is too much of that."""
+    if size > limit and size > 2 * se:
+        return ("problem" if size > 3 * se else "attention"), ""
+    if se > limit:
+        return "attention", "Too few to tell: more data, or simulations."
+    return "fine", ""
+
+
+def _se(cover: Coverage) -> float:
+    """Of a share, no less than it would be if the level held: a share of one has none of itself."""
+    return max(cover.se, math.sqrt(LEVEL * (1 - LEVEL) / cover.number))
+
+
 def _coverage(found: Calibration) -> Coverage:
     return found.coverage(LEVEL, active=found.pit_active is not None)
 
 
-def _se_of_blocks(*windows: np.ndarray) -> float:  # type: ignore[type-arg]
-    """Standard error of a difference of means, of values that depend on their neighbours."""
+def _fall_at_the_end(steps: _Array, epochs: _Array) -> tuple[float, float]:
+    """By how much a loss fell over the last tenth of a training, and its standard error.
+
+    Epochs see the same data, so their means differ by less than those of minibatches: they are
+    compared where there are enough.
+    """
+    late = epochs[-12:]
+    if len(late) >= FEWEST_EPOCHS and np.isfinite(late).all():
+        width = max(1, len(epochs) // 10)
+        tenth = len(epochs) / 10 / width  # of few epochs one is more than that
+        fall = epochs[-2 * width : -width].mean() - epochs[-width:].mean()
+        noise = np.square(np.diff(late, 2)).mean() / 6  # what is left of a straight line
+        return float(tenth * fall), float(tenth * math.sqrt(2 * noise / width))
+    width = len(steps) // 10
+    windows = [part[np.isfinite(part)] for part in (steps[-2 * width : -width], steps[-width:])]
+    if min(map(len, windows)) < 2:
+        return 0.0, math.inf
     variance = 0.0
-    for window in windows:
+    for window in windows:  # neighbours depend on each other; means of blocks hardly do
         blocks = [block.mean() for block in np.array_split(window, min(10, len(window)))]
         variance += float(np.var(blocks, ddof=1)) / len(blocks)
-    return math.sqrt(variance)
+    return float(windows[0].mean() - windows[1].mean()), math.sqrt(variance)
+
+
+def _p(value: float) -> str:
+    return f"= {value:.2g}" if value >= 1e-10 else "< 1e-10"
 
 
 def _numbers(index: Tensor) -> str:
