@@ -249,6 +249,9 @@ class Results:
         else:
             if self.site not in self.runs.latent:
                 raise NotAsked(f"needs site=, one of {self.runs.latent}")
+            if len(self.runs.places[self.site].shape) < 2 or not self.runs.is_local(self.site):
+                shape = self.runs.places[self.site].shape
+                raise NotAsked(f"needs codes of shape (n, atoms, *positions), got {shape}")
             if self.site == "codes" and hasattr(self.guide, "posterior"):
                 try:
                     return summarise_codes(self.guide, self.y, **options)
