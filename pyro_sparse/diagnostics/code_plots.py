@@ -184,7 +184,7 @@ def plot_events(
         ax.scatter(x, y_of, clip_on=False, zorder=3, **style)
     ax.set_xlim(start - interval, start + interval * length)
     ax.set_ylim(number - 0.4, -0.6)
-    shown = np.arange(number) if number <= 30 else np.arange(0, number, -(-number // 15))
+    shown = [*range(0, number, 1 if number <= 30 else -(-number // 15))]
     ax.set_yticks(shown, [str(y if rows is None else rows[y]) for y in shown], fontsize=8)
     ax.set_xlabel(f"time ({unit})")
     ax.set_ylabel(row)

@@ -13,6 +13,7 @@ import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from pyro_sparse.diagnostics.amortisation import AmortisationGap
@@ -31,7 +32,7 @@ from pyro_sparse.diagnostics.streaming import CodeSummary
 from pyro_sparse.diagnostics.topics import predictive_effect
 from pyro_sparse.infer.history import History
 
-_SIZE = (4.6, 3.2)
+_SIZE = (4.2, 3.0)
 _DPI = 150
 _MOST_ATOMS = 64
 _MOST_ROWS = 24
@@ -115,9 +116,8 @@ def predictive(check: PredictiveCheck, level: float) -> Picture:
     ax.set_ylim(len(names) - 0.5, -0.5)
     edge = max(4.0, 1.15 * worst)
     ax.set_xlim(-edge, edge)
-    ax.set_xlabel(
-        "mean over the data, in sd of replicates" + (" (cut at 10)" if worst == 10 else "")
-    )
+    cut = " (cut at 10)" if worst == 10 else ""
+    ax.set_xlabel(f"mean of data, in sd of replicates{cut}")
     told = ", ".join(f"{name} p = {p:.2g}" for name, p in check.overall.items())
     return Picture(
         "predictive", figure, f"Data against replicates of the model: {told}.",
@@ -175,7 +175,7 @@ def usage(found: DictionarySummary, dead: Tensor) -> Picture:
     """Of atoms: how often active, how much energy."""
     figure, ax = _one()
     order = found.energy.argsort(descending=True).cpu()
-    where, dead = np.arange(len(order)), dead.cpu()[order].numpy()
+    where, crossed = np.arange(len(order)), dead.cpu()[order].numpy()
     floor = 1e-6
     for values, color, label in (
         (found.energy, "tab:blue", "share of energy"),
@@ -183,9 +183,9 @@ def usage(found: DictionarySummary, dead: Tensor) -> Picture:
     ):
         shares = values.cpu()[order].clamp(min=floor).numpy()
         ax.plot(where, shares, "o", markersize=3, color=color, label=label)
-        if color != "0.6" and dead.any():
+        if color != "0.6" and crossed.any():
             style = {"marker": "x", "markersize": 6, "color": "tab:red", "linestyle": "none"}
-            ax.plot(where[dead], shares[dead], label="dead", **style)
+            ax.plot(where[crossed], shares[crossed], label="dead", **style)
     ax.set_yscale("log")
     ax.set_ylim(floor / 2, 1.5)
     ax.set_xlabel("atom, most energy first")
@@ -209,8 +209,7 @@ def dictionary(
     order = torch.arange(len(atoms)) if found is None else found.energy.argsort(descending=True)
     columns = math.ceil((1.4 * number) ** 0.5)
     with matplotlib.style.context("default"):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
+        figure = Figure(figsize=_SIZE, layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01))
         axes = figure.subplots(-(-number // columns), columns, squeeze=False)
         plot_atoms(atoms, image_shape=image_shape, order=order[:number], axes=axes)
     which = "All" if number == len(atoms) else f"The {number} (of {len(atoms)})"

@@ -337,7 +337,7 @@ class Results:
         with kept(module):
             program = poutine.condition(Apart(self.model), {self.site: codes})
             trace = poutine.trace(program).get_trace(self.y, len(self.y), **given)
-        return trace.log_prob_sum().double()
+        return torch.as_tensor(trace.log_prob_sum()).double()
 
     # In words
 

@@ -71,7 +71,8 @@ def training(history: History, limits: Thresholds) -> Finding:
     elif history.faults:
         verdict = "attention"
         advice = "Read history.faults; a lower learning rate often helps."
-    return Finding("training", verdict, seen, size, limits.nats, source, advice)
+    value = max(abs(fall), rise)
+    return Finding("training", verdict, seen, value, limits.nats, source, advice)
 
 
 def codes(prob: Tensor, limits: Thresholds) -> Finding:
@@ -336,7 +337,7 @@ def _fall_at_the_end(steps: _Array, epochs: _Array) -> tuple[float, float]:
     Epochs see the same data, so their means differ by less than those of minibatches: they are
     compared where there are enough.
     """
-    late = epochs[-12:]
+    late = epochs[-max(FEWEST_EPOCHS, len(epochs) // 4) :]
     if len(late) >= FEWEST_EPOCHS and np.isfinite(late).all():
         width = max(1, len(epochs) // 10)
         tenth = len(epochs) / 10 / width  # of few epochs one is more than that
