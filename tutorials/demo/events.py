@@ -24,9 +24,7 @@ class Refractory(Shrinkage):
         super().__init__()
         self.gap = gap
 
-    def forward(  # noqa: D102
-        self, law: Any, value: Tensor, step: Tensor, layer: int, num_layers: int
-    ) -> Tensor:
+    def forward(self, law: Any, value: Tensor, step: Tensor, layer: int, num_layers: int) -> Tensor:
         codes = prox(law, value, step)
         flat = codes.reshape(-1, 1, codes.shape[-1])
         largest = nn.functional.max_pool1d(flat, 2 * self.gap + 1, 1, self.gap)

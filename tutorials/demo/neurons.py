@@ -64,7 +64,9 @@ def simulate_extracellular(rows: int, seed: int = 0) -> Extracellular:
     at = np.arange(KERNEL) - TROUGH
 
     def shape(narrow: float, later: float, wide: float, height: float) -> Array:
-        return height * np.exp(-(((at - later) / wide) ** 2) / 2) - np.exp(-((at / narrow) ** 2) / 2)
+        return height * np.exp(-(((at - later) / wide) ** 2) / 2) - np.exp(
+            -((at / narrow) ** 2) / 2
+        )
 
     waveforms = np.stack([shape(2.0, 8.0, 4.0, 0.5), shape(3.5, 14.0, 6.0, 0.35)])
     waveforms /= np.linalg.norm(waveforms, axis=1, keepdims=True)
