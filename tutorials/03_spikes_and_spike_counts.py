@@ -485,8 +485,8 @@ plt.close(figure)
 #   each, told the encoder what is known about spikes.
 # * Calibration and the false events say how far the probabilities can be believed. In a recording
 #   the model is wrong in ways of its own: other cells, and noise that is not white.
-# * k-hat judges all codes of a row jointly, and is hard on independent codes of shifted copies. What
-#   is read off here, the probability of an event, is judged by calibration.
+# * k-hat judges all codes of a row jointly, and is hard on independent codes of shifted copies.
+#   What is read off here, the probability of an event, is judged by calibration.
 # * Counts ask for their own law. With a Gaussian one the noise is the same at all times, too wide
 #   where the neuron is silent and too narrow where it responds, and part of the probability lies on
 #   counts below zero.
