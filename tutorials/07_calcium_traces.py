@@ -345,8 +345,9 @@ print(f"refining raises the ELBO of a row by {gain:.2f} nats")
 # %% [markdown]
 # ## Figures
 #
-# Eight seconds of the test row with the median number of events among those with any. The bars are
-# 90 % intervals of a code given that it is active, the darker the surer.
+# Eight seconds of the test, the row with the median number of active codes among those with any.
+# The bars are 90 % intervals of a code given that it is active, the darker the surer; codes below
+# 0.2 are left out. The numbers are P(event).
 
 # %%
 shade = plt.get_cmap("YlOrBr")
@@ -377,14 +378,18 @@ above.set(ylabel="fluorescence (sd of the noise)", ylim=(None, top * 1.45))
 above.legend(frameon=False, ncols=4, fontsize=8, loc="upper left")
 below.vlines(seconds[spikes > 0], 0, 1, transform=below.get_xaxis_transform(), color=figures.INK,
              linewidth=0.6, alpha=0.4)  # fmt: skip
-for frame in np.flatnonzero(active[row] > 0.05):
-    code, p = (row, 0, KERNEL - 1 + frame), active[row, frame].item()
-    colour = shade(0.15 + 0.85 * p)
+for frame in np.flatnonzero(active[row] > 0.2):
+    code = row, 0, KERNEL - 1 + frame
+    colour = shade(0.15 + 0.85 * active[row, frame].item())
     below.vlines(seconds[frame], slab_low[code], slab_high[code], color=colour, linewidth=3)
-    below.annotate(f"{p:.2f}", (seconds[frame], slab_high[code]), (0, 2), "data", "offset points",
-                   ha="center", fontsize=7)  # fmt: skip
-below.set(xlabel="time (s)", ylabel="size of an event (sd of the noise)")
-below.set_title("90 % intervals of sizes; numbers: P(event); grey lines: true spikes", fontsize=10)
+for at, p in zip(*neurons.clusters(active[row].numpy(), np.arange(WIDTH), GAP), strict=True):
+    if p > 0.1:
+        below.annotate(
+            f"{p:.2f}", (at / SECOND, 1), (0, 2), below.get_xaxis_transform(), "offset points",
+            ha="center", fontsize=7,
+        )  # fmt: skip
+below.set(xlabel="time (s); grey lines: true spikes", ylabel="size (sd of the noise)")
+below.set_ylim(0, None)
 for axis in (above, below):
     axis.spines[["top", "right"]].set_visible(False)
 figure.savefig(FIGURES / "07_trace.png", dpi=110)
