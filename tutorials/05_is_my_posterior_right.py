@@ -130,7 +130,7 @@ def judged(name, model, guide, refit=None, seen=test):
     simulated = diagnostics.sbc(
         model,
         guide,
-        torch.empty(num_simulations, ATOMS),  # its shape counts alone
+        torch.zeros(num_simulations, ATOMS),  # its shape counts alone
         refit=refit,
         num_simulations=num_simulations,
         num_samples=num_draws,
