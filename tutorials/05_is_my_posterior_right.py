@@ -417,7 +417,7 @@ for name, model, guide in (
     law = infer.enumerate_posterior(test, dictionary, prior, model.likelihood)
     wide = int((found.pareto_k > found.good_k).sum())
     print(
-        f"{name}, trained guide: loo {found.elpd_i.values.mean():.2f} nats per datum, by enumeration "
+        f"{name}, trained guide: loo {found.elpd_i.values.mean():.2f} nats per datum, enumeration "
         f"{law.log_evidence.mean():.2f}; k-hat above {found.good_k:.2f} for {wide} of {num_test}"
     )
 
