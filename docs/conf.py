@@ -22,6 +22,9 @@ extensions = [
 exclude_patterns = ["_build", "_templates"]
 templates_path = ["_templates"]
 html_theme = "furo"
+html_title = "pyro_sparse"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # One page a package, with the names in its __all__: what a user imports, not where it is written.
 autosummary_generate = True
@@ -34,8 +37,8 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True  # fields of a named tuple are members too: describe them once
 myst_enable_extensions = ["dollarmath"]
 
-# Tutorials are executed here, in full; SMOKE=1 runs them at their smoke setting. What was executed is
-# kept until a script, or the library, changes.
+# Tutorials are executed here, in full; SMOKE=1 runs them at their smoke setting. What was executed
+# is kept until a script, or the library, changes.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / ".jupyter_cache")
 nb_execution_raise_on_error = True

@@ -37,6 +37,7 @@ def _save_and_show(figure, file, *args, save=Figure.savefig, **kwargs):
 
 
 Figure.savefig = _save_and_show
+get_ipython().ast_node_interactivity = "none"  # a script shows what it prints, and no last value
 """
 
 NOTE = """\
@@ -46,13 +47,13 @@ To run it yourself: `.venv/bin/python tutorials/{name}.py`.
 ```
 """
 SHORT = (
-    ", **at its smoke setting**: far too little data and training, so figures and numbers show that "
-    "the code runs and not what it finds"
+    ", **at its smoke setting**: too little data and training, so that figures and numbers show "
+    "that the code runs, and not what it finds"
 )
 
 
 def write(folder: Path, *, smoke: bool) -> list[Path]:
-    """Notebooks of all tutorials; those that have not changed are left alone, and stay in the cache."""
+    """Notebooks of all tutorials; those that have not changed are left alone."""
     folder.mkdir(exist_ok=True)
     library = fingerprint()
     written = []
@@ -67,11 +68,9 @@ def write(folder: Path, *, smoke: bool) -> list[Path]:
     return written
 
 
-def notebook(
-    script: Path, figures: Path, library: str, *, smoke: bool
-) -> nbformat.NotebookNode:
-    """One script: a hidden cell, the script's cells, and a note below the title of how it was run."""
-    content = jupytext.read(script)
+def notebook(script: Path, figures: Path, library: str, *, smoke: bool) -> nbformat.NotebookNode:
+    """A script's cells after a hidden one, and a note below the title of how it was run."""
+    content = jupytext.read(script, fmt="py:percent")
     setup = SETUP.format(
         library=library,
         root=str(ROOT),
