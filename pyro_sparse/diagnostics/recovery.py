@@ -19,6 +19,11 @@ class Recovery(NamedTuple):
         sign: Sign of the correlation.
         shift: Samples by which the learned atom lies later than the true one, in each kernel
             dimension; shape ``(true atoms, dimensions)``, empty for dense atoms.
+
+    Example:
+        >>> found = match_atoms(-torch.eye(3)[[2, 0, 1]], torch.eye(3))
+        >>> found.match, found.sign
+        (tensor([1, 2, 0]), tensor([-1., -1., -1.], dtype=torch.float64))
     """
 
     correlation: Tensor

@@ -33,6 +33,11 @@ class ConvMap(LinearMap):
         atoms: Shape ``(atoms, channels, *kernel)``, one to three kernel dimensions.
         stride: One per kernel dimension.
         boundary: What happens at the edges.
+
+    Example:
+        >>> echo = ConvMap(torch.tensor([[[1.0, 0.5]]]), stride=(1,), boundary=Interior())
+        >>> echo.forward(torch.tensor([[2.0, 0.0, 0.0]]))
+        tensor([[2., 1., 0., 0.]])
     """
 
     def __init__(self, atoms: Tensor, stride: tuple[int, ...], boundary: Boundary) -> None:

@@ -44,6 +44,10 @@ class EarlyStopping:
         data: Validation data, shape ``(n, *signal_shape)``; without them the training loss counts.
         mask: True where a validation sample was observed.
         given: What else is known of the validation data, as in ``fit``.
+
+    Example:
+        >>> EarlyStopping(patience=5, min_delta=0.01).patience  # for fit(..., early_stopping=)
+        5
     """
 
     patience: int

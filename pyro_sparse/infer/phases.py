@@ -35,6 +35,12 @@ class Update:
         train: Modules and parameters that move; None for all of both programs.
         schedule: Makes the learning-rate schedule, stepped after every epoch.
         schedule_per_step: Step the schedule after every minibatch instead.
+
+    Example:
+        >>> from functools import partial
+        >>> update = Update(optimizer=partial(torch.optim.SGD, lr=0.1))
+        >>> len(update.parameters(nn.Linear(3, 2)))  # weight and bias
+        2
     """
 
     loss: Objective = field(default_factory=SparseELBO)
@@ -78,6 +84,13 @@ class Phase:
     Attributes:
         epochs: Passes over the data, ``>= 1``.
         updates: At least one.
+
+    Example:
+        >>> from functools import partial
+        >>> slower = Update(optimizer=partial(torch.optim.Adam, lr=1e-4))
+        >>> recipe = [Phase(20), Phase(5, [slower])]  # for fit(..., phases=recipe)
+        >>> sum(phase.epochs for phase in recipe)
+        25
     """
 
     epochs: int

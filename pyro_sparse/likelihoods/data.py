@@ -91,6 +91,11 @@ def check_mask(y: Tensor, mask: Tensor) -> Tensor:
     Raises:
         TypeError: If it is not a boolean tensor.
         ValueError: If it does not broadcast to ``y``.
+
+    Example:
+        >>> check_mask(torch.zeros(2, 3), torch.tensor([True, False, True]))
+        tensor([[ True, False,  True],
+                [ True, False,  True]])
     """
     if not isinstance(y, Tensor):
         raise TypeError(f"Expected y to be a tensor, got {type(y).__name__}.")

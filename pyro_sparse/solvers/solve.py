@@ -34,6 +34,13 @@ class Solution(NamedTuple):
             most this fraction above the minimum. ``nan`` if none was asked for.
         num_steps: Steps taken for each datum, shape ``(...)``.
         converged: Whether ``gap <= tol``, shape ``(...)``.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> solution = solve(torch.randn(4, 3), Dense(6, 3), dist.Laplace(0.0, 1.0))
+        >>> solution.codes.shape, solution.converged
+        (torch.Size([4, 6]), tensor([True, True, True, True]))
     """
 
     codes: Tensor
