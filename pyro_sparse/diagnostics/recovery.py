@@ -112,10 +112,14 @@ def correlations(learned: Tensor, truth: Tensor) -> tuple[Tensor, list[int]]:
 def check_atoms(atoms: Tensor, name: str) -> None:
     """Refuse what are no atoms."""
     if not isinstance(atoms, Tensor) or atoms.is_complex() or atoms.layout != torch.strided:
-        kind = f"{atoms.dtype} in {atoms.layout}" if isinstance(atoms, Tensor) else type(atoms)
+        kind = (
+            f"{atoms.dtype} in {atoms.layout}"
+            if isinstance(atoms, Tensor)
+            else type(atoms).__name__
+        )
         raise TypeError(
             f"Expected {name} to be a dense tensor of real numbers, got {kind}. "
-            "Try torch.as_tensor(...)."
+            "Try torch.as_tensor(...), or dictionary.atoms."
         )
     if atoms.numel() == 0:
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sparse.dictionaries.base import Dictionary, LinearMap, check_shape, check_sizes
-from pyro_sparse.ops import check_tensor
+from pyro_sparse.ops import check_tensor, kind_of
 
 
 @runtime_checkable
@@ -150,7 +150,7 @@ class Composition(Dictionary):
             )
         if not isinstance(dictionary, Dictionary):
             raise TypeError(
-                f"Expected a Dictionary, such as Dense(...), got {type(dictionary).__name__}."
+                f"Expected a Dictionary, such as Dense(...), got {kind_of(dictionary)}."
             )
         input_shape = check_shape(input_shape)
         if len(input_shape) != dictionary.signal_dims:

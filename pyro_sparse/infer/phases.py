@@ -109,9 +109,15 @@ def build(update: Update, objective: nn.Module) -> tuple[torch.optim.Optimizer, 
     """Optimiser and schedule of an update.
 
     Raises:
+        TypeError: If no optimiser of torch was made.
         ValueError: If a learning rate is not positive.
     """
     optimizer = update.optimizer(update.parameters(objective))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"Expected optimizer to make a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+            "Write functools.partial(torch.optim.Adam, lr=1e-2); pyro.optim is for pyro.infer.SVI."
+        )
     rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
     if any(rate is not None and not rate > 0 for rate in rates):
         raise ValueError(f"Expected learning rates > 0, got {rates}.")

@@ -46,7 +46,9 @@ def check_data(
     """
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"Expected y to be a floating tensor, got {kind}. Try y.float().")
+        raise TypeError(
+            f"Expected y to be a floating tensor, got {kind}. Try torch.as_tensor(y).float()."
+        )
     if y.layout != torch.strided:
         raise TypeError(f"Expected y to be dense, got {y.layout}. Try y.to_dense().")
     if like is not None and y.dtype != like.dtype:
