@@ -156,7 +156,7 @@ class UnrolledEncoder(nn.Module):
         if not isinstance(unrolled, Unrolled):
             raise TypeError(
                 "Expected unrolled to be solvers.Unrolled(dictionary, likelihood, ...), got "
-                f"{type(unrolled).__name__}."
+                f"{type(unrolled).__name__}. A guide UnrolledFISTA holds one: guide.encoder."
             )
         check_prior(prior, has_rate=False)
         check_real("init_probs", init_probs, 0.0, 1.0, open_low=True)

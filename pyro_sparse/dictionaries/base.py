@@ -27,6 +27,15 @@ class LinearMap:
     with a ``__torch_function__`` of its own, such as ``distributions.Moments``, are asked first.
     They see the function with the arguments ``(map, codes)``, and its attribute ``arithmetic`` is
     what the concrete map does.
+
+    Example:
+        >>> class Doubled(LinearMap):
+        ...     def forward(self, codes):
+        ...         return 2 * codes
+        ...     adjoint = forward
+        >>> third = Doubled().at(torch.tensor([2]), torch.Size([4]))  # the map on one code of four
+        >>> third.forward(torch.tensor([5.0]))
+        tensor([ 0.,  0., 10.,  0.])
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -152,6 +161,14 @@ class Dictionary(nn.Module):
         signal_dims: Number of trailing dimensions of one datum's signal: 1 for dense
             ``(features,)``, ``1 + d`` for convolutional ``(channels, *lengths)``.
         signal_shape: Shape of one datum's signal where the dictionary fixes it, else None.
+
+    Example:
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> dictionary = Dense(num_atoms=8, num_features=5)
+        >>> codes, signal = torch.randn(8), torch.randn(5)
+        >>> left, right = dictionary(codes) @ signal, codes @ dictionary.adjoint(signal)
+        >>> torch.allclose(left, right, atol=1e-5)
+        True
     """
 
     atoms: Tensor
@@ -274,6 +291,10 @@ class UnitNorm(nn.Module):
 
     The gradient is then tangent to the sphere and a step never changes an atom's length.
     Assigning to the parametrised tensor normalises what is assigned.
+
+    Example:
+        >>> UnitNorm()(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
     """
 
     def forward(self, atoms: Tensor) -> Tensor:

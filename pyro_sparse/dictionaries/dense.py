@@ -24,6 +24,10 @@ class DenseMap(LinearMap):
     Args:
         atoms: Shape ``(atoms, features)``; or ``(*batch, atoms, features)``, one dictionary for
             each leading index, where ``batch`` broadcasts with the codes' leading dimensions.
+
+    Example:
+        >>> DenseMap(torch.tensor([[1.0, 1.0], [0.0, 2.0]])).forward(torch.tensor([3.0, 1.0]))
+        tensor([3., 5.])
     """
 
     def __init__(self, atoms: Tensor) -> None:

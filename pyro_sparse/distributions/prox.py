@@ -139,6 +139,15 @@ def register_conjugate(kind: type) -> Callable[[Callable[..., Any]], Callable[..
 
     The gap compares it with ``penalty``, which for a type of your own is the difference of two
     log-densities; ``penalty.register`` takes a form without that rounding.
+
+    Example:
+        >>> class SteepLaplace(dist.Laplace):
+        ...     pass
+        >>> @register_conjugate(SteepLaplace)
+        ... def _(prior):
+        ...     return Conjugate(-2 / prior.scale, 2 / prior.scale, torch.zeros_like)
+        >>> conjugate(SteepLaplace(0.0, 1.0)).upper
+        tensor(2.)
     """
     return conjugate.register(_checked(kind))
 

@@ -183,6 +183,14 @@ def load(
         FileNotFoundError: If there is no such folder.
         ValueError: If a file is damaged or not as it must be, a class is not registered, or a class
             refuses its arguments or weights; says what was expected and what came.
+
+    Example:
+        >>> import tempfile
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     save(parent + "/run", dictionary=Dense(num_atoms=4, num_features=3))
+        ...     load(parent + "/run")["dictionary"].atoms.shape
+        torch.Size([4, 3])
     """
     file = str(Path(folder) / "record.json")
     groups, record = read_folder(folder, finite=finite, max_bytes=max_bytes, max_record=_MAX_RECORD)

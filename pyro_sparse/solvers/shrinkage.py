@@ -22,6 +22,13 @@ class Shrinkage(nn.Module):
     Attributes:
         keeps_support: Whether codes have by themselves the signs and the support that the prior
             allows. Of others the encoder makes zeros where there may be none.
+
+    Example:
+        >>> class Quarter(Shrinkage):
+        ...     def forward(self, law, value, step, layer, num_layers):
+        ...         return torch.where(value.abs() > 0.25, value, 0.0)
+        >>> Quarter()(None, torch.tensor([3.0, -0.1]), torch.tensor(1.0), 0, 1)
+        tensor([3., 0.])
     """
 
     keeps_support: bool = False

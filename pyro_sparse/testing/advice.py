@@ -15,6 +15,10 @@ class Finding(NamedTuple):
         check: Name of the check.
         ok: Whether it passed; None where it could not be asked.
         advice: What was expected, what came, what to try; where it passed, what was seen.
+
+    Example:
+        >>> Finding("shapes", True, "(3,)").ok
+        True
     """
 
     check: str

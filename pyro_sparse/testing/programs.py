@@ -344,6 +344,10 @@ def _check_arguments(name: str, program: Any, y: Any) -> None:
     if not callable(program):
         raise TypeError(f"Expected {name} to be a program, got {type(program).__name__}.")
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"Expected y to be a floating tensor of data, got {y!r}.")
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(
+            f"Expected y to be a floating tensor of data, got {kind}. "
+            "Try torch.as_tensor(y).float()."
+        )
     if len(y) < 2:
         raise ValueError(f"Expected at least two data, to tell them apart, got {len(y)}.")
