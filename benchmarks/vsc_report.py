@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from benchmarks import common, vsc_images
-from benchmarks.vsc_methods import METHODS
+from benchmarks.vsc_methods import ABLATED, METHODS
 
 GABOR = 0.8
 SHOWN = 100
@@ -51,7 +51,7 @@ def paired(own: dict[str, Any], other: dict[str, Any]) -> dict[str, list[float]]
 def rows_of(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
     """What was measured on test data, by method and seed."""
     found = {}
-    for name in METHODS:
+    for name in (name for name in METHODS if name not in ABLATED):
         for file in sorted(folder.glob(f"{kind}-{name}-[0-9].test.json")):
             row = json.loads(file.read_text())
             found[f"{name}, seed {row['seed']}"] = row
