@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,19 +30,20 @@ from benchmarks.vsc_store import folder_of, restore
 from pyro_sparse.infer import BestOf, Concrete, ImplicitMixed, SparseELBO, StraightThrough
 
 GARMENTS, STEPS, REFERENCE_STEPS, REFERENCE_DRAWS = 16, 200, 250, 16
+RENAMED = {
+    "  as released": "straight-through as released",
+    "  never changing over": "implicit mixed, never changing over",
+}
 METHODS_SHOWN = ("threshold-gaussian-max-of-5", "implicit-gaussian")
 
 
 def objectives(kind: str) -> dict[str, SparseELBO]:
     """By name: the estimators that suit a law, and what was trained, with their own draws."""
-    known = {
-        name.strip() if name != "  as released" else "straight-through as released": pair
-        for name, pair in ESTIMATORS.items()
-        if name != "local expectation" and (kind == "threshold" or "straight" not in name)
-        and (kind == "threshold" or "released" not in name)
-    }  # fmt: skip
-    known["implicit mixed, never changing over"] = known.pop("never changing over")
-    found = {f"{name}": elbo(estimator, draws) for name, (estimator, draws) in known.items()}
+    found = {}
+    for name, (estimator, draws) in ESTIMATORS.items():
+        name = RENAMED.get(name, name)
+        if name != "local expectation" and (kind == "threshold" or "straight" not in name):
+            found[name] = elbo(estimator, draws)
     if kind == "threshold":
         found["straight-through, J=5"] = elbo(StraightThrough(), 5)
         released = StraightThrough(as_released=True)
@@ -61,51 +61,60 @@ def elbo(estimator: Any, draws: int, **options: Any) -> SparseELBO:
     return SparseELBO(estimator, num_samples=draws, num_plates=1, **options)
 
 
+class Moments(NamedTuple):
+    """Mean and variance of every parameter's gradient over steps."""
+
+    mean: Tensor
+    variance: Tensor
+    steps: int
+
+
 def slopes(
     objective: SparseELBO, model: Any, guide: Any, y: Tensor, steps: int
-) -> dict[str, Tensor]:
-    """Gradients of steps, nats a datum, ``(steps, parameters)`` of encoder and decoder."""
+) -> dict[str, Moments]:
+    """Gradients of the objective, nats a datum, of encoder and decoder."""
     parts = {"encoder": list(guide.parameters()), "decoder": list(model.parameters())}
-    both = [p for part in parts.values() for p in part]
-    rows: dict[str, list[Tensor]] = {name: [] for name in parts}
+    found = {}
+    sums = {name: [torch.zeros((), dtype=torch.float64)] * 2 for name in parts}
     for _ in range(steps):
         loss = objective.differentiable_loss(model, guide, y) / len(y)
-        found = torch.autograd.grad(loss, both, allow_unused=True)
-        flat = [
-            -(torch.zeros_like(p) if slope is None else slope).flatten()
-            for p, slope in zip(both, found, strict=True)
-        ]
-        size = len(parts["encoder"])
-        rows["encoder"].append(torch.cat(flat[:size]))
-        rows["decoder"].append(torch.cat(flat[size:]))
-    return {name: torch.stack(part) for name, part in rows.items()}
+        both = [p for part in parts.values() for p in part]
+        given = iter(torch.autograd.grad(loss, both, allow_unused=True))
+        for name, part in parts.items():
+            pairs = [(p, next(given)) for p in part]
+            flat = [(torch.zeros_like(p) if g is None else -g).flatten() for p, g in pairs]
+            step = torch.cat(flat).double()
+            sums[name] = [sums[name][0] + step, sums[name][1] + step.square()]
+    for name, (first, second) in sums.items():
+        mean = first / steps
+        variance = ((second - steps * mean.square()) / (steps - 1)).clamp(min=0)
+        found[name] = Moments(mean, variance, steps)
+    return found
 
 
-def judged(own: Tensor, reference: Tensor) -> dict[str, float]:
-    """Bias, noise and their ratio, of gradients ``(steps, parameters)`` beside a reference's."""
-    mean, truth = own.mean(0), reference.mean(0)
+def judged(own: Moments, reference: Moments) -> dict[str, float]:
+    """Bias, noise and their ratio beside a reference."""
+    mean, truth = own.mean, reference.mean
     size = truth.norm()
-    variance, other = own.var(0), reference.var(0)
-    floor = (variance.sum() / len(own) + other.sum() / len(reference)).sqrt()
-    cosine = (mean @ truth) / (mean.norm() * size).clamp(min=torch.finfo(mean.dtype).tiny)
+    variance = own.variance
+    floor = (variance.sum() / own.steps + reference.variance.sum() / reference.steps).sqrt()
     return {
         "relative_bias": round(float((mean - truth).norm() / size), 3),
         "of_noise_alone": round(float(floor / size), 3),
-        "cosine": round(float(cosine), 3),
         "relative_sd": round(float(variance.sum().sqrt() / size), 2),
         "snr": round(float((mean.abs() / (variance.sqrt() + 1e-9)).mean()), 4),
     }
 
 
 def study(
-    make: Callable[[], dict[str, SparseELBO]], model: Any, guide: Any, y: Tensor, steps: int,
+    made: dict[str, SparseELBO], model: Any, guide: Any, y: Tensor, *, steps: int,
     reference_steps: int, reference_draws: int,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """A row for each objective."""
     torch.manual_seed(1)
     truth = slopes(elbo(ImplicitMixed(), reference_draws), model, guide, y, reference_steps)
     rows = {}
-    for name, objective in make().items():
+    for name, objective in made.items():
         torch.manual_seed(0)
         begun = time.process_time()
         own = slopes(objective, model, guide, y, steps)
@@ -127,8 +136,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         kind = "threshold" if name.startswith("threshold") else "gates"
         print(name)
         found[f"{name}, after {settings['steps']} steps"] = study(
-            lambda kind=kind: objectives(kind), model, guide, y, options.steps,
-            options.reference_steps, REFERENCE_DRAWS,
+            objectives(kind), model, guide, y, steps=options.steps,
+            reference_steps=options.reference_steps, reference_draws=REFERENCE_DRAWS,
         )  # fmt: skip
     content = common.record(
         "python -m benchmarks.vsc_gradients --out FOLDER", 0, begun, garments=len(y),

@@ -4,8 +4,8 @@
 
 Upper rows: means of the pictures of codes drawn from each method's own prior. Lower rows: one code
 of the reference method alone, all others zero, from -3 to 3 standard deviations of the prior's
-active codes; the codes whose posterior means vary most over held-out pictures. No picture of the
-data is shown.
+active codes; the codes whose posterior means vary most over held-out pictures, and the
+difference of the two ends. No picture of the data is shown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from benchmarks.vsc_methods import METHODS, SCALES, Method
 from benchmarks.vsc_settings import SETTINGS, Setting
 from benchmarks.vsc_store import data_of, held, restore
 
-DRAWS, COLUMNS, TRAVERSED, REACH = 22, 11, 5, 3.0
+DRAWS, COLUMNS, TRAVERSED, REACH = 22, 11, 6, 3.0
+HEAD = 0.45
+"""Height of a title, in pictures."""
 
 
 def drawn(setting: Setting, method: Method, model: Any, count: int, seed: int = 0) -> Tensor:
@@ -72,37 +74,44 @@ def draw(
     shape: tuple[int, ...], priors: dict[str, Tensor], walks: Tensor, codes: list[int], name: str,
     file: Path,
 ) -> None:  # fmt: skip
-    """Two rows of draws for each method, then a row for each code."""
-    heights = [2.0] * len(priors) + [float(len(codes))]
-    figure = plt.figure(figsize=(8.6, 0.79 * sum(heights) + 0.45 * len(heights)))
-    parts = figure.subfigures(len(heights), 1, height_ratios=[h + 0.57 for h in heights])
+    """Two rows of draws for each method, then a row for each code and the difference of its ends.
+
+    Gray levels go from the darkest to the brightest of all that is shown.
+    """
+    every = torch.cat([walks.flatten(0, 1), *priors.values()])
+    ends = float(every.min()), float(every.max())
+    steps = walks[:, -1] - walks[:, 0]
+    top = float(steps.abs().max())
+    wide = COLUMNS + 1
+    tall = [2 + HEAD] * len(priors) + [len(codes) + HEAD]
+    figure = plt.figure(figsize=(9, 9 / wide * sum(tall)))
+    parts = figure.subfigures(len(tall), 1, height_ratios=tall, squeeze=False)[:, 0]
     for part, (method, pictures) in zip(parts, priors.items(), strict=False):
-        part.suptitle(f"drawn from the prior, {method}", fontsize=9)
-        axes = part.subplots(2, COLUMNS)
-        for axis, flat in zip(axes.flat, pictures, strict=True):
-            _show(axis, flat, shape)
-        part.subplots_adjust(0.07, 0.01, 0.99, 0.86, 0.04, 0.04)
-    part = parts[-1]
-    part.suptitle(
-        f"one code alone, others zero, {name}: from -{REACH:g} to {REACH:g} standard deviations "
-        "of the prior's active codes",
-        fontsize=9,
-    )
-    axes = part.subplots(len(codes), COLUMNS, squeeze=False)
-    for row, walk, code in zip(axes, walks, codes, strict=True):
-        for axis, flat in zip(row, walk, strict=True):
-            _show(axis, flat, shape)
-        row[0].set_axis_on()
-        row[0].set_ylabel(f"code {code}", fontsize=8)
-        row[0].set(xticks=[], yticks=[])
-    part.subplots_adjust(0.07, 0.01, 0.99, 0.93, 0.04, 0.04)
-    figure.savefig(file, dpi=110)
+        axes = _grid(part, 2, f"{method}: drawn from the prior")
+        for axis, flat in zip(axes[:, :COLUMNS].flat, pictures, strict=True):
+            axis.imshow(shown(flat, shape), cmap="gray", vmin=ends[0], vmax=ends[1])
+    title = f"{name}: one code alone, from -{REACH:g} to {REACH:g} prior deviations"
+    axes = _grid(parts[-1], len(codes), title)
+    axes[0, -1].set_title("last - first", fontsize=8)
+    for row, walk, step, code in zip(axes, walks, steps, codes, strict=True):
+        for axis, flat in zip(row, walk, strict=False):
+            axis.imshow(shown(flat, shape), cmap="gray", vmin=ends[0], vmax=ends[1])
+        change = shown(step, shape)
+        change = change.mean(-1) if change.ndim == 3 else change
+        row[-1].imshow(change, cmap="RdBu_r", vmin=-top, vmax=top)
+        row[0].text(-0.08, 0.5, code, transform=row[0].transAxes, ha="right", va="center", size=8)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def _show(axis: Any, flat: Tensor, shape: tuple[int, ...]) -> None:
-    axis.imshow(shown(flat, shape), cmap="gray", vmin=0, vmax=1)
-    axis.set_axis_off()
+def _grid(part: Any, rows: int, title: str) -> Any:
+    """Axes without frames under a title on the left."""
+    axes = part.subplots(rows, COLUMNS + 1, squeeze=False)
+    part.subplots_adjust(0.04, 0.02, 0.995, rows / (rows + HEAD), 0.04, 0.04)
+    part.suptitle(title, fontsize=9, x=0.04, ha="left", y=1 - 0.4 * HEAD / (rows + HEAD), va="top")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return axes
 
 
 def run(options: argparse.Namespace) -> Path:
