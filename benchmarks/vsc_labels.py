@@ -1,4 +1,4 @@
-"""What single codes of the trained `benchmarks.vsc` methods say about labels they never saw.
+"""What single codes of trained `benchmarks.vsc` methods say of labels that training does not use.
 
     PYRO_SPARSE_DATA=FOLDER python -m benchmarks.vsc_labels fashion|faces --out FOLDER
     python -m benchmarks.vsc_labels celeba --data FOLDER --out FOLDER
@@ -9,7 +9,8 @@ Codes are posterior means of held-out pictures (as published the best of 50 draw
 each class against the rest; with attributes by the latter alone, as published. Chance is that of
 the same codes with labels permuted: the mean, and the level that the largest of all codes passes
 in one of twenty permutations. With few pictures of a category chance is large: of a face there are
-two pictures, one of validation and one of test. One seed; codes that do not vary count as zero.
+two pictures, one of validation and one of test. Principal components of training pictures, as many
+as there are codes, stand beside the methods. One seed; codes that do not vary count as zero.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -93,7 +94,6 @@ def of_categories(codes: Tensor, labels: Tensor) -> dict[str, Any]:
     level = permuted.amax(1).quantile(LEVEL)
     varying = codes.var(0) > 0
     return {
-        "pictures": len(codes),
         "categories": int(labels.max()) + 1,
         "mean_eta2": round(float(own[varying].mean()), 4),
         "mean_eta2_of_chance": round(float(permuted[:, varying].mean()), 4),
@@ -119,17 +119,28 @@ def of_attributes(codes: Tensor, attributes: Tensor, names: tuple[str, ...]) -> 
     }
 
 
-def labelled(kind: str, count: int, folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Held-out pictures, their labels, and names of classes or attributes, none for persons."""
+class Labelled(NamedTuple):
+    """Training pictures, held-out ones with their labels, names of classes or attributes if any."""
+
+    train: Tensor
+    y: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+
+def labelled(kind: str, count: int, folder: Path) -> Labelled:
+    """At most ``count`` pictures of a part."""
     if kind == "fashion":
-        labels = vsc_images.labels_of_garments(folder, "test")[:count]
-        return vsc_images.garments(folder, "test")[:count], labels, GARMENTS
+        train, y = (vsc_images.garments(folder, part)[:count] for part in ("train", "test"))
+        return Labelled(train, y, vsc_images.labels_of_garments(folder, "test")[:count], GARMENTS)
     if kind == "faces":
+        train = vsc_faces.faces(folder, "train")[0].flatten(1)
         parts = [vsc_faces.faces(folder, part) for part in ("validation", "test")]
         images, labels = (torch.cat(both) for both in zip(*parts, strict=True))
-        return images.flatten(1), labels, ()
+        return Labelled(train, images.flatten(1), labels, ())
     held = vsc_faces.CelebA(folder, "test")
-    return held.first(count), held.attributes[:count], tuple(held.attribute_names)
+    train = vsc_faces.CelebA(folder, "train").first(count)
+    return Labelled(train, held.first(count), held.attributes[:count], tuple(held.attribute_names))
 
 
 def means(guide: Any, y: Tensor) -> Tensor:
@@ -138,27 +149,36 @@ def means(guide: Any, y: Tensor) -> Tensor:
         return torch.cat([guide.posterior(chunk).mean for chunk in y.split(200)])
 
 
-def study(files: list[Path], kind: str, count: int, folder: Path) -> tuple[dict[str, Any], Any]:
-    """Rows of the record by method, and codes of the last one for the picture."""
-    y, labels, names = labelled(kind, count, folder)
-    rows: dict[str, Any] = {}
-    attributes: dict[str, Any] = {}
-    curves = {}
+def components(train: Tensor, y: Tensor, count: int) -> Tensor:
+    """The first principal components of training pictures, of other pictures ``(n, count)``."""
+    mean = train.double().mean(0)
+    axes = torch.linalg.svd(train.double() - mean, full_matrices=False).Vh[:count]
+    return (y.double() - mean) @ axes.T
+
+
+def study(files: list[Path], data: Labelled) -> tuple[dict[str, Any], Any]:
+    """The record by method, and what the picture shows; its map is of the last method."""
+    found: dict[str, Tensor] = {}
     for file in files:
-        _, name, _, guide, settings = restore(file)
-        key = f"{name}, seed {settings['seed']}"
-        codes = means(guide, y).double()
-        if labels.dim() == 1:
-            rows[key] = of_categories(codes, labels)
-            curves[key] = correlation_ratios(codes, labels)
-        if names:
-            each = nn.functional.one_hot(labels).bool() if labels.dim() == 1 else labels
-            attributes[key] = of_attributes(codes, each, names)
-            curves.setdefault(key, point_biserial(codes, each).abs().amax(1))
-            held = point_biserial(codes, each)
-    content = {"pictures": len(y)} if not rows else {"categories": rows}
-    picture = (curves, rows, (key, held, names) if names else None)
-    return {**content, **({"attributes": attributes} if names else {})}, picture
+        setting, name, _, guide, settings = restore(file)
+        found[f"{name}, seed {settings['seed']}"] = means(guide, data.y).double()
+    last = list(found)[-1]
+    found["principal components"] = components(data.train, data.y, setting.atoms)
+    categories = data.labels.dim() == 1
+    each = nn.functional.one_hot(data.labels).bool() if categories else data.labels
+    rows = {key: of_categories(codes, data.labels) for key, codes in found.items() if categories}
+    attributes = {
+        key: of_attributes(codes, each, data.names) for key, codes in found.items() if data.names
+    }
+    curves = {
+        key: correlation_ratios(codes, data.labels)
+        if categories
+        else point_biserial(codes, each).abs().amax(1)
+        for key, codes in found.items()
+    }
+    heat = (last, point_biserial(found[last], each), data.names) if data.names else None
+    parts = {"categories": rows, "attributes": attributes}
+    return {key: part for key, part in parts.items() if part}, (curves, rows, heat)
 
 
 def draw(picture: Any, file: Path) -> None:
@@ -171,10 +191,11 @@ def draw(picture: Any, file: Path) -> None:
     for place, (name, values) in enumerate(curves.items()):
         order = values.sort(descending=True).values.numpy()
         label = name.removesuffix(", seed 0")
-        axis.plot(range(1, len(order) + 1), order, color=f"C{place}", label=label, marker=".")
+        colour = f"C{place}" if place < len(curves) - 1 else "C7"
+        axis.plot(range(1, len(order) + 1), order, color=colour, label=label, marker=".")
         if name in rows:
             level = rows[name]["largest_eta2_of_chance"]
-            axis.axhline(level, color=f"C{place}", linewidth=0.8, linestyle="--")
+            axis.axhline(level, color=colour, linewidth=0.8, linestyle="--")
     axis.plot([], [], color="gray", linewidth=0.8, linestyle="--", label="largest by chance, 95 %")
     axis.set_xlabel("codes, in order")
     axis.set_ylabel("part of variance between categories" if rows else "largest |correlation|")
@@ -201,9 +222,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     files = [file for file in files if file.exists()]
     if not files:
         raise FileNotFoundError(f"Expected {options.kind}-METHOD-0.safetensors in {options.out}.")
-    found, picture = study(files, options.kind, options.count, folder_of(options.data))
+    data = labelled(options.kind, options.count, folder_of(options.data))
+    found, picture = study(files, data)
     command = f"python -m benchmarks.vsc_labels {options.kind} --out FOLDER"
-    content = common.record(command, 0, begun, **found)
+    content = common.record(command, 0, begun, pictures=len(data.y), **found)
     common.write(common.RESULTS / f"vsc_{options.kind}_labels.json", content)
     draw(picture, common.RESULTS / f"vsc_{options.kind}_labels.png")
     return content

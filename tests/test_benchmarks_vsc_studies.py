@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
+from sklearn.decomposition import PCA
 from torch import nn
 
 from benchmarks import (
@@ -54,6 +55,14 @@ def test_the_point_biserial_correlation_is_scipys():
             )
             assert found[code, attribute].item() == pytest.approx(expected.statistic)
     assert vsc_labels.point_biserial(codes, attributes | True).tolist() == [[0, 0]] * 3
+
+
+def test_principal_components_are_those_of_the_training_pictures():
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(50, 4, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 2.0])
+    found = vsc_labels.components(train, train[:3], 2)
+    expected = PCA(2).fit(train.numpy()).transform(train[:3].numpy())
+    assert np.abs(found.numpy()) == pytest.approx(np.abs(expected), rel=1e-4)
 
 
 def test_a_code_of_the_class_stands_out_of_chance_and_noise_does_not():
@@ -220,7 +229,10 @@ def test_labels_and_pictures_of_trained_faces(tmp_path, monkeypatch):
     stored = tmp_path / "faces-implicit-gaussian-0.safetensors"
     vsc.store(stored, model, guide, {"kind": "faces", "method": "implicit-gaussian", "seed": 0})
     options = argparse.Namespace(kind="faces", out=tmp_path, data=tmp_path, count=100)
-    found = vsc_labels.run(options)["categories"]["implicit-gaussian, seed 0"]
-    assert (found["pictures"], found["categories"], found["codes"]) == (4, 2, 64)
+    content = vsc_labels.run(options)
+    assert content["pictures"] == 4
+    found = content["categories"]["implicit-gaussian, seed 0"]
+    assert (found["categories"], found["codes"]) == (2, 64)
+    assert content["categories"]["principal components"]["codes"] == 12
     assert vsc_samples.run(options).stat().st_size > 1000
     assert (tmp_path / "results" / "vsc_faces_labels.png").stat().st_size > 1000
