@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from benchmarks import common, vsc_images, vsc_report
@@ -168,7 +168,7 @@ def tested(file: Path, part: str, count: int | None, folder: Path | None = None)
     """Measure a stored method on held-out data and write what was found beside it."""
     setting, name, model, guide, settings = restore(file)
     y, _, together = data_of(settings["kind"], part, settings["scale"], folder)
-    y = held(y, count)
+    y = whole(held(y, count), together)
     begun = time.perf_counter()
     found = measure(setting, METHODS[name], model, guide, y, together)
     seconds = round(time.perf_counter() - begun, 1)
@@ -177,6 +177,13 @@ def tested(file: Path, part: str, count: int | None, folder: Path | None = None)
     shown = {key: value for key, value in found.items() if key not in ("by_picture", "used")}
     print(json.dumps(shown), flush=True)
     return found
+
+
+def whole(y: Tensor, together: int) -> Tensor:
+    """Data without those at the end that are too few for a group of their own."""
+    if len(y) < together:
+        raise ValueError(f"Expected at least {together} data to measure, got {len(y)}.")
+    return y[: len(y) // together * together]
 
 
 def evaluate(options: argparse.Namespace) -> None:

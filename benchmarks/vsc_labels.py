@@ -10,7 +10,8 @@ each class against the rest; with attributes by the latter alone, as published. 
 the same codes with labels permuted: the mean, and the level that the largest of all codes passes
 in one of twenty permutations. With few pictures of a category chance is large: of a face there are
 two pictures, one of validation and one of test. Principal components of training pictures, as many
-as there are codes, stand beside the methods. One seed; codes that do not vary count as zero.
+as there are codes, stand beside the methods; they are uncorrelated, codes may all say the same. One
+seed; codes that do not vary count as zero.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ def draw(picture: Any, file: Path) -> None:
         if name in rows:
             level = rows[name]["largest_eta2_of_chance"]
             axis.axhline(level, color=colour, linewidth=0.8, linestyle="--")
-    axis.plot([], [], color="gray", linewidth=0.8, linestyle="--", label="largest by chance, 95 %")
+    if rows:
+        axis.plot([], [], "--", color="gray", linewidth=0.8, label="largest by chance, 95 %")
     axis.set_xlabel("codes, in order")
     axis.set_ylabel("part of variance between categories" if rows else "largest |correlation|")
     axis.set_ylim(0, None)
@@ -207,9 +209,12 @@ def draw(picture: Any, file: Path) -> None:
         order = values.abs().argmax(1).mul(2).sub(values.abs().amax(1)).argsort()
         kept = order[values[order].abs().amax(1) > 0]
         top = math.ceil(10 * float(values.abs().max())) / 10
-        shown = axis.imshow(values[kept].T, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+        shown = axis.imshow(
+            values[kept].T, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto",
+            interpolation="nearest",
+        )  # fmt: skip
         axis.set_yticks(range(len(names)), names, fontsize=8 if len(names) < 20 else 5)
-        axis.set_xlabel(f"codes of {name.removesuffix(', seed 0')}, by the class they go with most")
+        axis.set_xlabel(f"codes of {name.removesuffix(', seed 0')}, by what they go with most")
         figure.colorbar(shown, ax=axis, label="correlation")
     figure.savefig(file, dpi=100)
     plt.close(figure)

@@ -144,6 +144,12 @@ def test_faces_train_from_memory_and_celeba_from_disk(celeba, tmp_path, monkeypa
     assert narrow.decode(model, codes).shape == (2, 1, 3 * 64 * 64)
 
 
+def test_data_are_measured_in_whole_groups():
+    assert len(vsc.whole(torch.zeros(47, 2), 20)) == 40
+    with pytest.raises(ValueError, match="at least 20 data to measure, got 4"):
+        vsc.whole(torch.zeros(4, 2), 20)
+
+
 def test_the_published_networks_are_of_the_published_sizes():
     encoder, decoder, width = vsc_networks.celeba(512)
     assert width == 256
