@@ -14,7 +14,7 @@ as many channels (decoder) and a fifth (encoder), the smallest published number 
 noise variance 2.048. That is the published weight of the KL, 1e-3, for a third as many numbers; a
 colour picture of three equal channels has the same objective.
 
-Prior inclusion is 10 % throughout. Every method trains for the same processor time on one thread
+Prior inclusion is 10 % throughout. Every method trains for about equal processor time, one thread
 (``--seconds``; the number of steps follows from a short calibration and is recorded: ``--steps``
 repeats a run), with Adam on a one-cycle schedule; learning rates were chosen on validation patches
 (those of the convolutional networks were tried once, not compared). ``--full`` is the published
