@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import vsc, vsc_faces, vsc_measures, vsc_networks, vsc_store
+from benchmarks import vsc, vsc_faces, vsc_labels, vsc_measures, vsc_networks, vsc_store
 from benchmarks.vsc_methods import METHODS
 from benchmarks.vsc_settings import Setting
 
@@ -85,6 +85,13 @@ def test_celeba_is_cropped_to_the_middle_and_keeps_its_attributes(celeba):
     assert face[1].max() < 3 / 255
     assert train.first(3).shape == (3, 3 * 64 * 64)
     assert len(vsc_store.held(train, None)) == 8
+
+
+def test_attributes_of_celeba_are_of_the_faces_that_are_measured(celeba):
+    found = vsc_labels.labelled("celeba", 5, celeba)
+    assert (len(found.train), len(found.y)) == (5, 1)
+    assert found.labels.tolist() == [[False, True]]
+    assert found.names == ("Smiling", "Young")
 
 
 def test_celeba_is_mirrored_at_random_in_training_alone(celeba):

@@ -57,6 +57,19 @@ def test_the_point_biserial_correlation_is_scipys():
     assert vsc_labels.point_biserial(codes, attributes | True).tolist() == [[0, 0]] * 3
 
 
+def test_garments_keep_their_classes_and_come_with_names(tmp_path):
+    (tmp_path / "fashion_mnist").mkdir()
+    for part, count in (("train", 3), ("test", 5)):
+        images = np.arange(count, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+        labels = np.arange(count, dtype=np.uint8) + 2
+        np.savez(tmp_path / "fashion_mnist" / f"fashion_{part}.npz", images=images, labels=labels)
+    found = vsc_labels.labelled("fashion", 4, tmp_path)
+    assert (found.y[:, 0] * 255).round().tolist() == [0, 1, 2, 3]
+    assert found.labels.tolist() == [2, 3, 4, 5]
+    assert len(found.train) == 3
+    assert found.names[7:] == ("sneaker", "bag", "boot")
+
+
 def test_principal_components_are_those_of_the_training_pictures():
     generator = torch.Generator().manual_seed(0)
     train = torch.randn(50, 4, generator=generator) * torch.tensor([1.0, 5.0, 0.1, 2.0])
@@ -80,7 +93,9 @@ def test_a_code_of_the_class_stands_out_of_chance_and_noise_does_not():
     assert row["b"]["largest_r"] > row["b"]["of_chance"]
 
 
-def toy(features: int = 6, atoms: int = 4) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+def toy(
+    features: int = 6, atoms: int = 4, count: int = 3
+) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     decoder = nn.Sequential(nn.Linear(atoms, features), nn.Tanh())
     model = DeepSparseCoding(
@@ -91,16 +106,16 @@ def toy(features: int = 6, atoms: int = 4) -> tuple[nn.Module, nn.Module, torch.
     return (
         model,
         Thresholded(Heads(nn.Linear(features, 8), 8, atoms, family.names), family),
-        (torch.randn(3, features)),
+        (torch.randn(count, features)),
     )
 
 
 def test_an_unbiased_gradient_is_at_its_noise_and_a_straight_one_is_not():
-    model, guide, y = toy()
+    model, guide, y = toy(count=100)
     made = vsc_gradients.objectives("threshold")
     chosen = {name: made[name] for name in ("leave-one-out, J=2", "straight-through as released")}
     rows = vsc_gradients.study(
-        chosen, model, guide, y, steps=100, reference_steps=100, reference_draws=4
+        chosen, model, guide, y, steps=20, reference_steps=20, reference_draws=8
     )
     unbiased, straight = rows.values()
     assert unbiased["encoder: relative_bias"] < 2 * unbiased["encoder: of_noise_alone"]
