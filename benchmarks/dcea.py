@@ -270,7 +270,7 @@ def train_command(options: argparse.Namespace) -> None:
     pictures, held_out = split(folder)
     if options.start:
         tensors, settings = common.load_weights(options.start)
-        trained = net(peak, options.variant, settings["depth"])
+        trained = net(peak, options.variant, options.depth or settings["depth"])
         if options.variant == "unconstrained":  # all three may start from one
             shared = tensors["guide.encoder.dictionary.atoms"]
             for part in ("analysis", "synthesis"):
@@ -349,7 +349,7 @@ def main() -> None:
     train.add_argument("--start", type=Path, help="weights of any peak or tied ones")
     train.add_argument("--steps", type=int, nargs=2, default=(FIRST, SECOND))
     train.add_argument("--rate", type=float, default=RATE, help="largest rate of Adam")
-    train.add_argument("--depth", type=int, help="number of layers")
+    train.add_argument("--depth", type=int, help="number of layers, by default those of --start")
     train.add_argument("--full", action="store_true", help="as many crops as published")
     train.add_argument("--checkpoints", type=Path, help="folder to write to and resume from")
     train.add_argument("--out", type=Path, help="file of the weights")
