@@ -116,13 +116,12 @@ def predictive(check: PredictiveCheck, level: float) -> Picture:
     ax.set_ylim(len(names) - 0.5, -0.5)
     edge = max(4.0, 1.15 * worst)
     ax.set_xlim(-edge, edge)
-    cut = " (cut at 10)" if worst == 10 else ""
-    ax.set_xlabel(f"mean of data, in sd of replicates{cut}")
+    ax.set_xlabel("mean of data, in sd of replicates")
     told = ", ".join(f"{name} p = {p:.2g}" for name, p in check.overall.items())
     return Picture(
         "predictive", figure, f"Data against replicates of the model: {told}.",
         f"Dots: the data. Bars: {1 - 2 * level:.0%} of data sets that the model makes at the "
-        "posterior. Red dots lie outside. p: tail probability; sd: the difference, in sd over the "
+        "posterior. Red dots lie outside (cut at 10). p: tail probability; sd: the difference, in sd over the "
         "data.",
     )  # fmt: skip
 

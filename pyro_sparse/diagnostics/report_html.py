@@ -54,8 +54,9 @@ figcaption b { color: var(--ink); }
   th, td { border: 0; padding: 0; } td.seen, td.advice { grid-column: 1 / -1; }
   td:empty { display: none; } }
 @page { margin: 12mm; }
-@media print { html { font-size: 8.5pt; } :root { --ink: #000; --quiet: #444; --line: #bbb; --page: #fff; --card: #fff;
-  --problem: #b42318; --attention: #8a5a00; --fine: #1a6b3c; --not-asked: #444; }
+@media print { html { font-size: 8.5pt; }
+  :root { --ink: #000; --quiet: #444; --line: #bbb; --page: #fff; --card: #fff;
+    --problem: #b42318; --attention: #8a5a00; --fine: #1a6b3c; --not-asked: #444; }
   body { max-width: none; padding: 0; } h2 { break-after: avoid; }
   tr { break-inside: avoid; } .figures { grid-template-columns: repeat(3, 1fr); }
   figure img, img.lines, img.shades { filter: none; } dl { border: 1px solid var(--line); } }
