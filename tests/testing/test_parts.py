@@ -115,6 +115,25 @@ class Map(LinearMap):
         norm = torch.linalg.matrix_norm(self.atoms.detach(), 2).square()
         return norm / 2 if self.fault == "squared norm" else norm
 
+    def double(self) -> LinearMap:
+        atoms = self.atoms.double()
+        if self.fault == "other in double":
+            return Map(2 * atoms, self.fault)
+        return Coarse(atoms, self.fault) if self.fault == "coarse" else Map(atoms, self.fault)
+
+
+class Coarse(Map):
+    """Takes and gives float64, and works in float32."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return (codes.float() @ self.atoms.float()).to(codes.dtype)
+
+
+class Silent(Map):
+    """Does not say what it is in float64."""
+
+    double = LinearMap.double
+
 
 class Broken(d.Dense):
     """A dense dictionary with a fault."""
@@ -126,7 +145,7 @@ class Broken(d.Dense):
     def bind(self, atoms: Tensor | None = None) -> LinearMap:  # type: ignore[override]
         if atoms is None or self.fault == "bind":
             atoms = self.atoms.detach() if self.fault == "gradient" else self.atoms
-        return Map(atoms, self.fault)
+        return (Silent if self.fault == "silent" else Map)(atoms, self.fault)
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:
         extra = 1 if self.fault == "shapes" else 0
@@ -139,6 +158,32 @@ class Broken(d.Dense):
 def test_a_planted_fault_of_a_dictionary_is_named(fault: str) -> None:
     advice = check_dictionary(Broken(fault))
     assert fault in advice.failed, str(advice)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"), [("other in double", "relative difference"), ("coarse", "coarser precision")]
+)
+def test_a_map_that_is_another_in_double_is_named(fault: str, says: str) -> None:
+    advice = check_dictionary(Broken(fault))
+    assert advice.failed == ("double",), str(advice)
+    assert says in str(advice)
+
+
+def test_a_map_without_a_double_is_not_asked_and_says_who_needs_it() -> None:
+    advice = check_dictionary(Broken("silent"))
+    (found,) = (finding for finding in advice.findings if finding.check == "double")
+    assert advice.ok and found.ok is None
+    assert "solvers.solve needs it to certify codes" in found.advice
+
+
+def test_an_operator_in_single_precision_passes_by_what_it_says_of_its_rounding() -> None:
+    class Halve:
+        def forward(self, signal: Tensor) -> Tensor:
+            return signal / 3
+
+        adjoint = forward
+
+    check_dictionary(d.Composition(Halve(), d.Dense(8, 5), input_shape=(5,))).raise_if_failed()
 
 
 def test_without_a_fault_nothing_is_named() -> None:
