@@ -1,5 +1,6 @@
 """check_likelihood and check_dictionary: they pass what is right and name what is planted."""
 
+import math
 from collections.abc import Callable
 
 import pyro.distributions as dist
@@ -80,6 +81,29 @@ def test_an_overflow_is_named() -> None:
 
     assert "finite" in check_likelihood(Naive(), largest=200.0).failed
     assert "finite" not in check_likelihood(l.Poisson(), largest=80.0).failed
+
+
+def test_a_dual_that_is_not_a_number_at_the_end_of_its_range_is_named() -> None:
+    class Logistic(l.Likelihood):
+        def forward(self, predictor: Tensor) -> dist.Logistic:
+            return dist.Logistic(predictor, torch.ones_like(predictor))
+
+        def mean(self, predictor: Tensor) -> Tensor:
+            return predictor
+
+        def residual(self, predictor: Tensor, y: Tensor) -> Tensor:
+            return torch.tanh((y - predictor) / 2)
+
+        def loss(self, predictor: Tensor, y: Tensor) -> Tensor:
+            far = (y - predictor).abs()
+            return far + 2 * (-far).exp().log1p() - 2 * math.log(2)
+
+        def dual(self, score: Tensor, y: Tensor) -> Tensor:
+            return score * y - torch.log1p(-(score**2)) - 2 * score * torch.atanh(score)
+
+    advice = check_likelihood(Logistic())
+    assert advice.failed == ("finite",), str(advice)
+    assert "got a dual that is not" in str(advice)
 
 
 def test_a_placeholder_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
