@@ -106,11 +106,13 @@ def _residual(likelihood: Likelihood, at: Tensor) -> str:
     y = _draw(likelihood, at)
     x = at.clone().requires_grad_()
     (score,) = torch.autograd.grad(likelihood(x).log_prob(y).sum(), x)
-    _compare(
-        "residual", likelihood.residual(at, y), score,
-        "residual() is the derivative of log_prob by the predictor; with a stabilised one, check "
-        "the likelihood that it wraps",
-    )  # fmt: skip
+    residual = likelihood.residual(at, y)
+    meaning = "residual() is the derivative of log_prob by the predictor; "
+    if torch.allclose(residual.detach(), -score, rtol=_TOLERANCE, atol=_TOLERANCE):
+        meaning += "this is minus that, and codes would climb away from the data"
+    else:
+        meaning += "with a stabilised one, check the likelihood that it wraps"
+    _compare("residual", residual, score, meaning)
     return "the derivative of log_prob"
 
 

@@ -74,6 +74,15 @@ def test_a_planted_fault_of_a_family_is_named(fault: str, monkeypatch: pytest.Mo
         advice.raise_if_failed()
 
 
+@pytest.mark.parametrize(("factor", "says"), [(-1.0, "minus that"), (2.0, "stabilised")])
+def test_a_residual_of_the_wrong_sign_is_told_from_another(
+    factor: float, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planted, "residual", lambda self, p, y: factor * (y - p) / 0.3**2)
+    (found,) = (f for f in check_likelihood(Planted(0.3)).findings if f.check == "residual")
+    assert found.ok is False and says in found.advice
+
+
 def test_an_overflow_is_named() -> None:
     class Naive(l.Poisson):
         def forward(self, predictor: Tensor) -> dist.Poisson:  # type: ignore[override]
