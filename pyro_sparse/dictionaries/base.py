@@ -110,8 +110,16 @@ class LinearMap:
         raise NotImplementedError
 
     def double(self) -> LinearMap:
-        """The same map in float64, where a duality gap is evaluated."""
-        raise NotImplementedError
+        """The same map in float64, where a duality gap is evaluated.
+
+        Raises:
+            NotImplementedError: If the map does not say.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not state itself in float64 (`double`), where codes are "
+            "certified. Call solve with tol=None to run a fixed number of steps without a "
+            "certificate."
+        )
 
     def rounding(self) -> float:
         """Rounding unit that ``double()`` still has: float64's, unless a part cannot be widened."""

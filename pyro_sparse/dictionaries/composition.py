@@ -73,7 +73,7 @@ class CompositionMap(LinearMap):
     def double(self) -> CompositionMap:
         """Takes and gives float64; the user's operator still works in the dtype it had."""
         widened = _Widened(self.operator, self.dtype)
-        return CompositionMap(widened, self.inner.double(), self.operator_norm, torch.float64)
+        return CompositionMap(widened, self.inner.double(), self.operator_norm, self.dtype)
 
     def rounding(self) -> float:
         """That of the dtype which the user's operator works in."""

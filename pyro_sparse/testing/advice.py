@@ -7,6 +7,10 @@ from typing import NamedTuple
 
 from pyro_sparse.infer.findings import NotAsked, table
 
+_LONG, _HEAD = 500, 200
+"""Characters of a message that is quoted whole, such as a table of sites, and of the head of a
+longer one: Pyro lists the shapes of all sites, torch all values that are out of a range."""
+
 
 class Finding(NamedTuple):
     """What one check found.
@@ -79,6 +83,31 @@ class Advice(NamedTuple):
         return "\n".join([head, *table(rows)])
 
 
+def short(error: BaseException) -> str:
+    r"""What an exception says, as a finding quotes it: whole, or the head of a long message.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        Its message if it has at most 500 characters. Of a longer one the first line, with the next
+        where that only announces it by a colon, and of these at most 200 characters and " ...".
+
+    Example:
+        >>> short(ValueError("Error at site 'obs':\n" + "0.1, " * 5 + "\n" + 1000 * "0.1, "))
+        "Error at site 'obs': 0.1, 0.1, 0.1, 0.1, 0.1, ..."
+    """
+    message = str(error).strip()
+    if len(message) <= _LONG:
+        return message
+    head, *more = message.splitlines()
+    if head.endswith(":") and more:
+        head = f"{head} {more[0].strip()}"
+    if len(head) > _HEAD:
+        head = head[:_HEAD].rsplit(maxsplit=1)[0]
+    return f"{head} ..."
+
+
 def gather(subject: str, checks: dict[str, Callable[[], str]]) -> Advice:
     """Run all checks. One that raises something unforeseen has failed, with that as its advice."""
     findings = []
@@ -90,6 +119,6 @@ def gather(subject: str, checks: dict[str, Callable[[], str]]) -> Advice:
         except Failed as fault:
             found = Finding(name, False, str(fault))
         except Exception as error:
-            found = Finding(name, False, f"raised {type(error).__name__}: {error}")
+            found = Finding(name, False, f"raised {type(error).__name__}: {short(error)}")
         findings.append(found)
     return Advice(subject, tuple(findings))

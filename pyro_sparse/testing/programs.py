@@ -14,7 +14,7 @@ from pyro_sparse.infer import SparseELBO
 from pyro_sparse.infer.findings import NotAsked
 from pyro_sparse.infer.programs import Apart, kept
 from pyro_sparse.infer.sites import check_sites
-from pyro_sparse.testing.advice import Advice, Failed, gather
+from pyro_sparse.testing.advice import Advice, Failed, gather, short
 from pyro_sparse.testing.saving import check_saving
 
 Program = Callable[..., Any]
@@ -221,7 +221,7 @@ class _Run:
             torch.manual_seed(0)
             drawn = poutine.trace(self.program).get_trace(None, n)
         except (TypeError, ValueError, AttributeError) as why:
-            raise NotAsked(f"model(None, {n}) does not draw data: {why}") from None
+            raise NotAsked(f"model(None, {n}) does not draw data: {short(why)}") from None
         name = next(n for n, s in _samples(self.trace(self.y)).items() if s["is_observed"])
         shape = tuple(_samples(drawn)[name]["value"].shape)
         if shape != tuple(self.y.shape):

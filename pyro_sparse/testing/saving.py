@@ -10,7 +10,7 @@ from torch import nn
 
 from pyro_sparse.infer import load, save
 from pyro_sparse.infer.findings import NotAsked
-from pyro_sparse.testing.advice import Failed
+from pyro_sparse.testing.advice import Failed, short
 
 
 def check_saving(module: nn.Module) -> str:
@@ -19,7 +19,7 @@ def check_saving(module: nn.Module) -> str:
         try:
             save(Path(parent) / "saved", module=module)
         except TypeError as why:
-            raise NotAsked(f"Cannot be saved: {why}") from None
+            raise NotAsked(f"Cannot be saved: {short(why)}") from None
         loaded = load(Path(parent) / "saved")["module"]
     before, after = module.state_dict(), loaded.state_dict()
     if before.keys() != after.keys():

@@ -470,6 +470,23 @@ def test_attributes_that_a_constructor_does_not_leave_are_named(tmp_path: Path) 
         save(tmp_path / "run", x=Forgetful(3))
 
 
+class OwnLaw(dist.TorchDistribution):
+    arg_constraints = {"rate": dist.constraints.positive}
+    support = dist.constraints.real
+
+    def __init__(self, rate: Tensor, *, validate_args: bool | None = None) -> None:
+        self.rate = rate
+        super().__init__(rate.shape, validate_args=validate_args)
+
+
+def test_a_law_of_ones_own_needs_no_attribute_for_the_switch_of_validation(tmp_path: Path) -> None:
+    register_savable(OwnLaw)
+    save(tmp_path / "law", law=OwnLaw(torch.tensor([1.0, 2.0]), validate_args=True))
+    loaded = load(tmp_path / "law")["law"]
+    assert type(loaded) is OwnLaw
+    assert torch.equal(loaded.rate, torch.tensor([1.0, 2.0]))
+
+
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     save(tmp_path / "run", x=1)
     with pytest.raises(FileExistsError, match="Choose another name"):
