@@ -121,8 +121,8 @@ def predictive(check: PredictiveCheck, level: float) -> Picture:
     return Picture(
         "predictive", figure, f"Data against replicates of the model: {told}.",
         f"Dots: the data. Bars: {1 - 2 * level:.0%} of data sets that the model makes at the "
-        "posterior. Red dots lie outside (cut at 10). p: tail probability; sd: the difference, in sd over the "
-        "data.",
+        "posterior. Red dots lie outside (cut at 10). p: tail probability; sd: the difference, in "
+        "sd over the data.",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def table(rows: Iterable[tuple[str, str, str]], *, width: int | None = None) -> 
         Lines without trailing blanks; further ones of a text stand below its first.
 
     Example:
-        >>> print("\n".join(table([("ok", "a", "one two"), ("FAILED", "bc", "three")], width=18)))
+        >>> print("\n".join(table([("ok", "a", "one two"), ("FAILED", "bc", "three")], width=19)))
           ok      a   one
                       two
           FAILED  bc  three
