@@ -212,6 +212,11 @@ for r in recordings:
         f"{len(claimed) - hits} false; sum of all P {prob.sum():.1f}"
     )
     print(f"  calibration error {curve.ece:.3f}, of noise alone {curve.ece_of_noise:.3f}")
+    for name, part in (("below", prob <= 0.5), ("above", prob > 0.5)):
+        print(
+            f"  {part.sum()} events with P {name} 0.5: {prob[part].sum():.1f} true ones expected, "
+            f"{hit[part].sum()} found"
+        )
 
 # %% [markdown]
 # Each row of the figure is a recording. Left, half a second or so: marks above the trace are true

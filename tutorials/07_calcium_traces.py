@@ -314,6 +314,12 @@ curve = diagnostics.reliability(
     torch.from_numpy(claimed), torch.from_numpy(np.concatenate(hits)), num_bins=8
 )
 print(f"calibration error {curve.ece:.3f} +- {curve.ece_se:.3f} (noise: {curve.ece_of_noise:.3f})")
+was = np.concatenate(hits)
+for name, part in (("below", claimed <= 0.5), ("above", claimed > 0.5)):
+    print(
+        f"{part.sum()} events with P {name} 0.5: {claimed[part].sum():.1f} true ones expected, "
+        f"{was[part].sum()} found"
+    )
 
 # %% [markdown]
 # **Sizes.** Of a burst the sizes of its codes are added; their means say how many spikes it had.
@@ -390,10 +396,10 @@ for frame in np.flatnonzero(active[row] > 0.2):
     code = row, 0, KERNEL - 1 + frame
     colour = shade(0.15 + 0.85 * active[row, frame].item())
     below.vlines(seconds[frame], slab_low[code], slab_high[code], color=colour, linewidth=3)
-for at, p in zip(*neurons.clusters(active[row].numpy(), np.arange(WIDTH), GAP), strict=True):
-    if p > 0.1:
-        below.annotate(
-            f"{p:.2f}", (at / SECOND, 1), (0, 2), below.get_xaxis_transform(), "offset points",
+shown = zip(*neurons.clusters(active[row].numpy(), np.arange(WIDTH), GAP), strict=True)
+for i, (at, p) in enumerate((at, p) for at, p in shown if p > 0.1):
+    below.annotate(
+            f"{p:.2f}", (at / SECOND, 1), (0, 2 + i % 2 * 9), below.get_xaxis_transform(), "offset points",
             ha="center", fontsize=7,
         )  # fmt: skip
 below.set(xlabel="time (s); grey lines: true spikes", ylabel="size (sd of the noise)")
@@ -448,5 +454,7 @@ plt.close(figure)
 #   with that of noise alone.
 # * Sizes come with intervals, given that there is an event. How they go with the number of spikes
 #   in a burst is printed above.
+# * One rate serves all neurons: one that fires more than those for choosing gets probabilities
+#   that are too low, and a quieter one too high.
 # * Noise is taken for white, of one level, and all neurons share one kernel, one rate and one law
 #   of sizes. What slow fluctuations and neighbouring cells add looks like events to this model.
