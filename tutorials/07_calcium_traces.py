@@ -398,11 +398,11 @@ for frame in np.flatnonzero(active[row] > 0.2):
     below.vlines(seconds[frame], slab_low[code], slab_high[code], color=colour, linewidth=3)
 shown = zip(*neurons.clusters(active[row].numpy(), np.arange(WIDTH), GAP), strict=True)
 for i, (at, p) in enumerate((at, p) for at, p in shown if p > 0.1):
+    higher = 2 + i % 2 * 9  # points: neighbours apart
     below.annotate(
-            f"{p:.2f}", (at / SECOND, 1), (0, 2 + i % 2 * 9), below.get_xaxis_transform(), "offset points",
-            ha="center", fontsize=7,
-        )  # fmt: skip
-below.set(xlabel="time (s); grey lines: true spikes", ylabel="size (sd of the noise)")
+        f"{p:.2f}", (at / SECOND, 1), (0, higher), below.get_xaxis_transform(), "offset points",
+        ha="center", fontsize=7,
+    )  # fmt: skip
 below.set_ylim(0, None)
 for axis in (above, below):
     axis.spines[["top", "right"]].set_visible(False)
