@@ -68,10 +68,10 @@ MS = 1000 / neurons.SAMPLING  # milliseconds of a sample
 # cells, and an electrode inside one of them that tells when this one fired.
 
 # %%
-recordings = [neurons.simulate_extracellular(rows=24 if SMOKE else 200)]
+recordings = [neurons.simulate_extracellular(rows=24 if SMOKE else 150)]
 path = neurons.find("spikes_hc1/d533101.npz")
 if path:
-    recordings.append(neurons.load_extracellular(path, seconds=10 if SMOKE else 40))
+    recordings.append(neurons.load_extracellular(path, seconds=10 if SMOKE else 30))
 for r in recordings:
     print(
         f"{r.name}: {len(r.y)} rows, {int(r.mask.sum()):,} samples observed, {len(r.templates)} "
@@ -212,6 +212,11 @@ for r in recordings:
         f"{len(claimed) - hits} false; sum of all P {prob.sum():.1f}"
     )
     print(f"  calibration error {curve.ece:.3f}, of noise alone {curve.ece_of_noise:.3f}")
+    for name, part in (("below", prob <= 0.5), ("above", prob > 0.5)):
+        print(
+            f"  {part.sum()} events with P {name} 0.5: {prob[part].sum():.1f} true ones expected, "
+            f"{hit[part].sum()} found"
+        )
 
 # %% [markdown]
 # Each row of the figure is a recording. Left, half a second or so: marks above the trace are true
@@ -275,10 +280,10 @@ plt.close(figure)
 elbo = infer.SparseELBO()
 for r in recordings:
     model, guide, _ = found[r.name]
-    some, seen = (part[: 6 if SMOKE else 40] for part in (r.y, r.mask))
+    some, seen = (part[: 6 if SMOKE else 20] for part in (r.y, r.mask))
     weights = infer.log_weights(model, guide, some, mask=seen, num_samples=100 if SMOKE else 500)
     k = diagnostics.khat(weights)
-    refined = guide.refine(model, some, mask=seen, num_steps=10 if SMOKE else 150)
+    refined = guide.refine(model, some, mask=seen, num_steps=10 if SMOKE else 100)
     gap = elbo.loss(model, guide, some, mask=seen) - elbo.loss(model, refined, some, mask=seen)
     print(
         f"{r.name}: k-hat above 0.7 for {(k > 0.7).double().mean():.0%} of {len(k)} rows, median "
