@@ -270,7 +270,10 @@ for way, over in (
 worst = int(0.01 * test.sum()) + 1
 for way in ("Gaussian of roots, mask", "Poisson, mask", "negative binomial, mask"):
     rest = log_prob[way][test].sort().values[worst:].mean()
-    print(f"{way:24s} without its worst hundredth of the counts: {rest:.3f} nats per count")
+    print(
+        f"{way:24s} its worst count {log_prob[way][test].min():.0f} nats; "
+        f"without the worst hundredth {rest:.3f} nats per count"
+    )
 quietest = pairs["Gaussian of roots, mask"][0].likelihood.likelihood.scale.min()
 print(f"smallest noise that the Gaussian model learned: {quietest:.3f} square roots of counts")
 
@@ -280,9 +283,9 @@ print(f"smallest noise that the Gaussian model learned: {quietest:.3f} square ro
 # * With the mask Poisson predicts better than with anything filled in. Zeros do most harm: the
 #   model learns that neurons fall silent for no reason.
 # * The Gaussian model lives or dies by single counts. A neuron that is almost always silent has
-#   square roots almost without variance, so the noise it learns is next to none, and one spike
-#   where none was expected costs hundreds of nats. Without its worst hundredth of the counts its
-#   figure is another.
+#   square roots almost without variance, so the noise it learns is next to none, and one burst
+#   where none was expected costs as much as a thousand other counts. Without its worst hundredth of
+#   the counts its figure is another.
 # * The constant negative binomial is the baseline to beat. Over a constant *Poisson* rate it gains
 #   more than Poisson with codes does: much of what the codes seem to explain there is variance.
 #   What the other neurons really tell is the difference between the negative binomial with codes
@@ -493,8 +496,8 @@ plt.close(figure)
 
 # %% [markdown]
 # The negative binomial mends the zeros and the intervals. It does not mend all: the replicates have
-# too few large counts still, and where the rate is low it says more variance than there is. The
-# tail of these counts is not that of its family.
+# too few large counts still, and it says more variance than there is. The tail of these counts is
+# not that of its family.
 #
 # ## What was learnt
 #
