@@ -51,7 +51,7 @@ bench: $(DEV) ## steps beside the same arithmetic in raw torch; maps; gradient e
 	$(PY) -m benchmarks.conv_maps $(ARGS)
 	$(PY) -m benchmarks.estimators
 
-docs: $(DOCS) ## the site, in docs/_build/html; runs the tutorials (SMOKE=1: the short way)
+docs: $(DOCS) ## the site, in docs/_build/html; runs the tutorials (SMOKE=1: briefly)
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 clean: ## remove what the other targets wrote, .venv aside

@@ -52,13 +52,19 @@ SHORT = (
 )
 
 
-def write(folder: Path, *, smoke: bool) -> list[Path]:
-    """Notebooks of all tutorials; those that have not changed are left alone."""
+def write(folder: Path, *, in_full: tuple[str, ...]) -> list[Path]:
+    """Notebooks of all tutorials; those that have not changed are left alone.
+
+    Args:
+        folder: Where to.
+        in_full: How the names of those begin that do not run at their smoke setting.
+    """
     folder.mkdir(exist_ok=True)
     library = fingerprint()
     written = []
     for script in sorted((ROOT / "tutorials").glob("[0-9]*.py")):
         file = folder / f"{script.stem}.ipynb"
+        smoke = not script.name.startswith(in_full)
         text = nbformat.writes(notebook(script, folder / "figures", library, smoke=smoke))
         if not file.exists() or file.read_text() != text:
             file.write_text(text)

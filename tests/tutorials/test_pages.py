@@ -56,12 +56,13 @@ def test_every_tutorial_has_a_page_and_a_second_build_changes_none(
     pages: ModuleType, tmp_path: Path
 ) -> None:
     (tmp_path / "00_gone.ipynb").write_text("{}")
-    written = pages.write(tmp_path, smoke=True)
+    written = pages.write(tmp_path, in_full=("01",))
     scripts = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
     assert [file.stem for file in written] == [script.stem for script in scripts]
     assert sorted(tmp_path.glob("*.ipynb")) == written
     before = [file.stat().st_mtime_ns for file in written]
-    assert [file.stat().st_mtime_ns for file in pages.write(tmp_path, smoke=True)] == before
+    assert [file.stat().st_mtime_ns for file in pages.write(tmp_path, in_full=("01",))] == before
+    assert ["smoke setting" in file.read_text() for file in written[:2]] == [False, True]
 
 
 @pytest.mark.slow
