@@ -106,18 +106,11 @@ def of_categories(codes: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def of_attributes(codes: Tensor, attributes: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-    """Of each attribute the code that goes most with it, beside chance."""
-    own = point_biserial(codes, attributes)
+    """Of each attribute the largest correlation with a code, and the largest by chance."""
+    own = point_biserial(codes, attributes).abs().amax(0)
     level = chance(point_biserial, codes, attributes).amax(1).quantile(LEVEL, dim=0)
-    best = own.abs().amax(0)
-    return {
-        name: {
-            "largest_r": round(float(best[place]), 3),
-            "of_chance": round(float(level[place]), 3),
-            "code": int(own[:, place].abs().argmax()),
-        }
-        for place, name in enumerate(names)
-    }
+    pairs = zip(own.tolist(), level.tolist(), strict=True)
+    return {name: [round(r, 3), round(c, 3)] for name, (r, c) in zip(names, pairs, strict=True)}
 
 
 class Labelled(NamedTuple):
@@ -167,10 +160,11 @@ def study(files: list[Path], data: Labelled) -> tuple[dict[str, Any], Any]:
     found["principal components"] = components(data.train, data.y, setting.atoms)
     categories = data.labels.dim() == 1
     each = nn.functional.one_hot(data.labels).bool() if categories else data.labels
-    rows = {key: of_categories(codes, data.labels) for key, codes in found.items() if categories}
-    attributes = {
-        key: of_attributes(codes, each, data.names) for key, codes in found.items() if data.names
-    }
+    rows: dict[str, dict[str, Any]] = {}
+    for key, codes in found.items():
+        rows[key] = of_categories(codes, data.labels) if categories else {}
+        pairs = of_attributes(codes, each, data.names) if data.names else {}
+        rows[key] |= {f"largest r, and by chance: {name}": pair for name, pair in pairs.items()}
     curves = {
         key: correlation_ratios(codes, data.labels)
         if categories
@@ -178,8 +172,7 @@ def study(files: list[Path], data: Labelled) -> tuple[dict[str, Any], Any]:
         for key, codes in found.items()
     }
     heat = (last, point_biserial(found[last], each), data.names) if data.names else None
-    parts = {"categories": rows, "attributes": attributes}
-    return {key: part for key, part in parts.items() if part}, (curves, rows, heat)
+    return {"rows": rows}, (curves, rows if categories else {}, heat)
 
 
 def draw(picture: Any, file: Path) -> None:
@@ -245,7 +238,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for name, row in run(options).get("categories", {}).items():
+    for name, row in run(options)["rows"].items():
         print(name, row)
 
 
