@@ -177,7 +177,8 @@ for r in recordings:
     for k in range(len(size)):
         print(f"  cell {k}: {often[k]:5.1f} spikes/s, size {size[k]:.1f} +- {spread[k]:.1f} sd")
     if r.waveforms is not None:
-        print(f"  {diagnostics.match_atoms(model.dictionary.atoms, r.waveforms)}")
+        likeness = diagnostics.match_atoms(model.dictionary.atoms, r.waveforms).correlation
+        print("  correlation with the true waveforms:", *(f"{c:.2f}" for c in likeness))
 
 # %% [markdown]
 # ## Events and their probabilities

@@ -404,6 +404,9 @@ for i, (at, p) in enumerate((at, p) for at, p in shown if p > 0.1):
         ha="center", fontsize=7,
     )  # fmt: skip
 below.set_ylim(0, None)
+below.set(
+    xlabel="time (s)", ylabel="size of the event, if there is one,\n90 % interval (sd of the noise)"
+)
 for axis in (above, below):
     axis.spines[["top", "right"]].set_visible(False)
 figure.savefig(FIGURES / "07_trace.png", dpi=110)
