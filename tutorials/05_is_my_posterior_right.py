@@ -426,7 +426,7 @@ figure, (first, second, third) = plt.subplots(1, 3, figsize=(13, 4.2), layout="c
 diagnostics.plot_rank_ecdf(results["wrong noise"]["sbc"].sites["codes"], active=True, ax=first)
 first.set_title("wrong noise, data of the wrong model (SBC)", fontsize=10)
 diagnostics.plot_rank_ecdf(data_checks["wrong noise"][1], active=True, ax=second)
-second.set_title("wrong noise, codes behind the real data", fontsize=10)
+second.set_title("wrong noise, codes behind the data", fontsize=10)
 for axis in (first, second):
     axis.set_ylim(-0.4, 0.4)
 for i, (check, _) in enumerate(data_checks.values()):

@@ -61,7 +61,8 @@ torch.manual_seed(0)
 #
 # Neurons of a rat's hippocampus (R. Barbieri et al. 2005, by way of the toolbox nSTAT) if
 # `PYRO_SPARSE_DATA` names a folder with `placecells/animal1.npz`. Otherwise a simulated rat on a
-# round track, whose neurons fire at places of their own, with more variance than Poisson.
+# round track, whose neurons fire at places of their own, with more variance than Poisson. What the
+# text says of results, it says of the recording in full; short runs (`SMOKE=1`) come out otherwise.
 #
 # The holes are ours, so what they hide is known. Per neuron and stretch of 20 s: one in ten is kept
 # for choosing settings (validation), one in five for the test. Both are missing to every method.
