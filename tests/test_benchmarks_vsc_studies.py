@@ -190,7 +190,7 @@ def test_prior_inclusion_is_what_the_name_says(percent):
     assert method.prior_variance == pytest.approx(0.1 * percent / 100)
 
 
-def test_ablations_are_compared_with_the_first_of_their_group(tmp_path, monkeypatch):
+def test_ablations_are_compared_with_the_reference_of_their_group(tmp_path, monkeypatch):
     for place, name in enumerate(vsc_ablations.names()):
         values = [float(place), place + 2.0]
         row = {
@@ -200,9 +200,10 @@ def test_ablations_are_compared_with_the_first_of_their_group(tmp_path, monkeypa
         }  # fmt: skip
         (tmp_path / f"linear-{name}-0.test.json").write_text(json.dumps(row))
     found = vsc_ablations.rows_of(tmp_path)
-    assert "J=100 less first" not in found["draws"]["J = 1"]
-    assert found["draws"]["J = 20, best"]["J=100 less first"] == [4, 0]
-    assert found["threshold"]["free inclusion"]["J=100 less first"] == [2, 0]
+    assert vsc_ablations.GAP not in found["draws"]["J = 1"]
+    assert found["draws"]["J = 20, best"][vsc_ablations.GAP] == [4, 0]
+    assert found["threshold"]["free inclusion"][vsc_ablations.GAP] == [2, 0]
+    assert found["inclusion"]["5 %"][vsc_ablations.GAP] == [-1, 0]
     vsc_ablations.draw(found, tmp_path / "ablations.png")
     assert (tmp_path / "ablations.png").stat().st_size > 1000
 
