@@ -47,7 +47,7 @@ class Thresholds:
     Attributes:
         khat: Pareto shape from which weights are not to be relied on; None for
             ``min(1 - 1 / log10(num_samples), 0.7)`` (Vehtari et al. 2024, J. Mach. Learn. Res.
-            25(72), sec. 3.2.4).
+            25(72)).
         nats: Loss of evidence per datum that is a problem; a tenth of it asks for attention.
             Default 1: less is "not worth more than a bare mention" (Kass & Raftery 1995, J. Am.
             Stat. Assoc. 90(430), sec. 3.2).
@@ -65,7 +65,7 @@ class Thresholds:
             ``dictionary_summary``.
         alike: Correlation from which two atoms are duplicates; as in ``dictionary_summary``.
         found: Correlation from which a true atom counts as found (Aharon, Elad & Bruckstein 2006,
-            IEEE Trans. Signal Process. 54(11), sec. V.A).
+            IEEE Trans. Signal Process. 54(11), sec. V).
 
     Raises:
         TypeError: If one is no number.
