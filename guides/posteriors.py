@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_sparse.distributions import SpikeAndSlab
+from pyro_sparse.distributions import SpikeAndSlab, Tails, overshoot
 from pyro_sparse.distributions.gamma import GammaThresholded
 from pyro_sparse.distributions.thresholded import ShiftedThresholded, SoftThresholded
 from pyro_sparse.infer.bundle import register_savable
@@ -57,22 +57,41 @@ class SpikeAndSlabPosterior(nn.Module):
     inclusion to the scale. An encoder emits ``loc``, ``log_scale`` and ``logits``; of an
     exponential slab the mean is ``exp(log_scale)`` and ``loc`` is not asked for.
 
+    One-sided, for a prior of non-negative codes, the slab is the base law :math:`s` given that it
+    is positive, and of the evidence for an active code that of negative ones is taken off,
+
+    .. math:: z \mid \text{active} \sim s(\mu, b)\; \text{on}\; z > 0, \qquad
+        \operatorname{logit} g = \ell + \log P_s(z > 0),
+
+    of a normal slab :math:`\log \Phi(\mu / b)`, with :math:`\ell` the emitted ``logits``. So an
+    encoder that counts codes of either sign, as ``UnrolledEncoder`` does, serves both. Of one code
+    :math:`z` with inclusion :math:`\pi` and slab :math:`\mathrm{Exponential}(\lambda)`, seen in
+    :math:`y \sim \mathcal N(a z, \sigma^2)`, the posterior is the normal one:
+
+    .. math:: b = \sigma / \|a\|, \qquad
+        \mu = b^2 (a^T y / \sigma^2 - \lambda), \qquad
+        \ell = \operatorname{logit} \pi + \log \lambda b \sqrt{2 \pi} + \frac{\mu^2}{2 b^2}.
+
     Args:
         slab: ``dist.Normal`` (default), ``dist.Laplace`` or ``dist.Exponential``.
+        one_sided: Keep positive codes alone. An exponential slab does so anyway.
 
     Raises:
-        ValueError: If it is another class.
+        ValueError: If ``slab`` is another class.
 
     References:
         Titsias & Lazaro-Gredilla (2011), NeurIPS 24; Tonolini, Jensen & Murray-Smith (2019), UAI.
+        One-sided: Schmidt, Winther & Hansen (2009), ICA (the normal law cut off at zero).
 
     Example:
         >>> emitted = {name: torch.zeros(3, 8) for name in ("loc", "log_scale", "logits")}
         >>> SpikeAndSlabPosterior(dist.Laplace)(emitted).prob_active[0, 0]
         tensor(0.5000)
+        >>> SpikeAndSlabPosterior(one_sided=True)(emitted).prob_active[0, 0]  # odds of 1/2
+        tensor(0.3333)
     """
 
-    def __init__(self, slab: type = dist.Normal) -> None:
+    def __init__(self, slab: type = dist.Normal, *, one_sided: bool = False) -> None:
         super().__init__()
         if slab not in (dist.Normal, dist.Laplace, dist.Exponential):
             raise ValueError(
@@ -80,16 +99,20 @@ class SpikeAndSlabPosterior(nn.Module):
                 f"{slab!r}. For another one write a module with names and a call of your own."
             )
         self.slab = slab
-        two_sided = slab is not dist.Exponential
-        self.names = ("loc", "log_scale", "logits") if two_sided else ("log_scale", "logits")
+        self.one_sided = one_sided
+        has_loc = slab is not dist.Exponential
+        self.names = ("loc", "log_scale", "logits") if has_loc else ("log_scale", "logits")
 
     def forward(self, parameters: dict[str, Tensor]) -> SpikeAndSlab:
         """Law of the codes."""
+        logits = parameters["logits"]
         if self.slab is dist.Exponential:
-            slab = dist.Exponential(_scale(parameters).reciprocal())
-        else:
-            slab = self.slab(parameters["loc"], _scale(parameters))
-        return SpikeAndSlab(slab, logits=parameters["logits"])
+            return SpikeAndSlab(dist.Exponential(_scale(parameters).reciprocal()), logits=logits)
+        slab = self.slab(parameters["loc"], _scale(parameters))
+        if not self.one_sided:
+            return SpikeAndSlab(slab, logits=logits)
+        side = overshoot(slab, slab.loc)
+        return SpikeAndSlab(Tails(side), logits=logits + side.log_mass)
 
 
 class ThresholdPosterior(nn.Module):
@@ -319,7 +342,7 @@ def _register() -> None:
         return of_name
 
     for cls, attribute, others in (
-        (SpikeAndSlabPosterior, "slab", ()),
+        (SpikeAndSlabPosterior, "slab", ("one_sided",)),
         (ThresholdPosterior, "base", ("threshold", "soft", "one_sided")),
         (GammaThresholdPosterior, "base", ("sampled",)),
         (DensePosterior, "base", ()),
