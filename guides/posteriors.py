@@ -57,20 +57,18 @@ class SpikeAndSlabPosterior(nn.Module):
     inclusion to the scale. An encoder emits ``loc``, ``log_scale`` and ``logits``; of an
     exponential slab the mean is ``exp(log_scale)`` and ``loc`` is not asked for.
 
-    One-sided, for a prior of non-negative codes, the slab is the base law :math:`s` given that it
-    is positive, and of the evidence for an active code that of negative ones is taken off,
-
-    .. math:: z \mid \text{active} \sim s(\mu, b)\; \text{on}\; z > 0, \qquad
-        \operatorname{logit} g = \ell + \log P_s(z > 0),
-
-    of a normal slab :math:`\log \Phi(\mu / b)`, with :math:`\ell` the emitted ``logits``. So an
-    encoder that counts codes of either sign, as ``UnrolledEncoder`` does, serves both. Of one code
-    :math:`z` with inclusion :math:`\pi` and slab :math:`\mathrm{Exponential}(\lambda)`, seen in
-    :math:`y \sim \mathcal N(a z, \sigma^2)`, the posterior is the normal one:
+    One-sided, for a prior of non-negative codes, :math:`s` is the law given that it is positive: of
+    a normal one :math:`\mathcal N_+(\mu, b^2)`, with its mode at zero where :math:`\mu < 0`. Of one
+    code with inclusion :math:`\pi` and slab :math:`\mathrm{Exponential}(\lambda)`, seen in
+    :math:`y \sim \mathcal N(a z, \sigma^2)`, that is the posterior, with
 
     .. math:: b = \sigma / \|a\|, \qquad
         \mu = b^2 (a^T y / \sigma^2 - \lambda), \qquad
-        \ell = \operatorname{logit} \pi + \log \lambda b \sqrt{2 \pi} + \frac{\mu^2}{2 b^2}.
+        \operatorname{logit} g = \operatorname{logit} \pi + \log \lambda b \sqrt{2 \pi}
+        + \frac{\mu^2}{2 b^2} + \log \Phi(\mu / b).
+
+    An encoder whose log-odds count codes of either sign lacks the last term; ``UnrolledEncoder``
+    has it with ``one_sided=True``.
 
     Args:
         slab: ``dist.Normal`` (default), ``dist.Laplace`` or ``dist.Exponential``.
@@ -87,8 +85,8 @@ class SpikeAndSlabPosterior(nn.Module):
         >>> emitted = {name: torch.zeros(3, 8) for name in ("loc", "log_scale", "logits")}
         >>> SpikeAndSlabPosterior(dist.Laplace)(emitted).prob_active[0, 0]
         tensor(0.5000)
-        >>> SpikeAndSlabPosterior(one_sided=True)(emitted).prob_active[0, 0]  # odds of 1/2
-        tensor(0.3333)
+        >>> SpikeAndSlabPosterior(one_sided=True)(emitted).slab.mean[0, 0]  # sqrt(2 / pi)
+        tensor(0.7979)
     """
 
     def __init__(self, slab: type = dist.Normal, *, one_sided: bool = False) -> None:
@@ -109,10 +107,9 @@ class SpikeAndSlabPosterior(nn.Module):
         if self.slab is dist.Exponential:
             return SpikeAndSlab(dist.Exponential(_scale(parameters).reciprocal()), logits=logits)
         slab = self.slab(parameters["loc"], _scale(parameters))
-        if not self.one_sided:
-            return SpikeAndSlab(slab, logits=logits)
-        side = overshoot(slab, slab.loc)
-        return SpikeAndSlab(Tails(side), logits=logits + side.log_mass)
+        if self.one_sided:
+            slab = Tails(overshoot(slab, slab.loc))
+        return SpikeAndSlab(slab, logits=logits)
 
 
 class ThresholdPosterior(nn.Module):

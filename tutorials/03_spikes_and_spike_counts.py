@@ -109,7 +109,8 @@ class Spikes(nn.Module):
 #
 # * Shifts of a waveform by one sample look alike, and soft thresholds let neighbours share a spike.
 #   `NonMaximumSuppression` keeps the largest code within 0.8 ms alone: a refractory period.
-# * A spike has a sign. With `one_sided=True` the slab is a normal law cut off at zero.
+# * A spike has a sign. With `one_sided=True` the slab is a normal law cut off at zero, and the
+#   encoder does not count as evidence for a spike how well a negative one would fit.
 
 # %%
 PROBS, SIZE, LEVEL = 0.003, 5.0, 3.0  # where learning starts; level in units of the noise
@@ -128,7 +129,8 @@ def program(r, atoms):
     solver = solvers.Unrolled(
         dictionary, likelihood, num_steps=8, shrinkage=refractory, lipschitz=2.0
     )
-    encoder = UnrolledEncoder(solver, dist.Exponential(LEVEL), init_probs=PROBS, init_scale=SIZE)
+    start = {"init_probs": PROBS / 2, "init_scale": SIZE}  # neighbours compete for an event
+    encoder = UnrolledEncoder(solver, dist.Exponential(LEVEL), one_sided=True, **start)
     return model, Thresholded(encoder, SpikeAndSlabPosterior(one_sided=True))
 
 
