@@ -269,6 +269,21 @@ class Conditional(nn.Module):
         }
 
 
+class BothSigns(nn.Module):
+    """The log-odds of another, with the evidence of negative codes left in."""
+
+    names = Conditional.names
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        emitted = self.encoder(y)
+        mass = torch.special.log_ndtr(emitted["loc"] / emitted["log_scale"].exp())
+        return emitted | {"logits": emitted["logits"] - mass}
+
+
 def one_code(dtype: torch.dtype) -> tuple[SparseCoding, Thresholded, Tensor]:
     """A model of one code, the guide that is its posterior, and data of both kinds."""
     dictionary = Dense(1, 4, atoms=torch.tensor([[1.0, -2.0, 0.5, 1.0]])).to(dtype)
@@ -322,6 +337,7 @@ def test_simulations_do_not_tell_the_posterior_of_one_code_from_the_truth() -> N
     y = y[:1].expand(200, 4)
     options: dict[str, Any] = {"num_simulations": 400, "num_samples": 100, "progress": False}
     assert not sbc(model, guide, y, **options).alarm
+    assert sbc(model, Thresholded(BothSigns(guide.encoder), guide.family), y, **options).alarm
     guide.family = SpikeAndSlabPosterior()  # counts negative codes too
     with pytest.raises(ValueError, match="infinite|support"):
         sbc(model, guide, y, **options)
