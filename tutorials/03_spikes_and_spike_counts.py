@@ -129,7 +129,7 @@ def program(r, atoms):
     solver = solvers.Unrolled(
         dictionary, likelihood, num_steps=8, shrinkage=refractory, lipschitz=2.0
     )
-    start = {"init_probs": PROBS / 2, "init_scale": SIZE}  # neighbours compete for an event
+    start = {"init_probs": PROBS / 2, "init_scale": SIZE}  # where it starts
     encoder = UnrolledEncoder(solver, dist.Exponential(LEVEL), one_sided=True, **start)
     return model, Thresholded(encoder, SpikeAndSlabPosterior(one_sided=True))
 

@@ -143,7 +143,7 @@ def program(decay, learn_kernel, threshold=False):
     )
     apart = solvers.NonMaximumSuppression(solvers.Proximal(), gap=2)  # as in tutorial 3
     solver = solvers.Unrolled(dictionary, likelihood, num_steps=8, shrinkage=apart, lipschitz=3.0)
-    start = {"init_probs": PROBS / 2, "init_scale": SIZE}  # neighbours compete for an event
+    start = {"init_probs": PROBS / 2, "init_scale": SIZE}  # where it starts
     encoder = UnrolledEncoder(solver, dist.Exponential(LEVEL), one_sided=True, **start)
     free = SpikeAndSlabPosterior(one_sided=True)
     learned = ThresholdPosterior(Rate(3.0, num_atoms=1), dist.Normal, soft=True, one_sided=True)
