@@ -40,14 +40,18 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from demo import figures, neurons  # the folder beside this script
-from demo.events import OneSided, Refractory
 from matplotlib import pyplot as plt
 from torch import nn
 
 from pyro_sparse import diagnostics, infer, solvers, testing
 from pyro_sparse.dictionaries import Conv
 from pyro_sparse.distributions import Rate, SpikeAndSlab
-from pyro_sparse.guides import Thresholded, UnrolledEncoder, UnrolledFISTA
+from pyro_sparse.guides import (
+    SpikeAndSlabPosterior,
+    Thresholded,
+    UnrolledEncoder,
+    UnrolledFISTA,
+)
 from pyro_sparse.likelihoods import Binomial, Gaussian, Offset
 from pyro_sparse.models import SparseCoding
 
@@ -104,12 +108,9 @@ class Spikes(nn.Module):
 # The guide starts from an unrolled solver. Two things about spikes are not in a plain one:
 #
 # * Shifts of a waveform by one sample look alike, and soft thresholds let neighbours share a spike.
-#   `Refractory` keeps the largest code within 0.8 ms alone: a shrinkage of one's own is a module
-#   with one method.
-# * A spike has a sign. `OneSided` is a family of one's own: the slab is a normal law cut off at
-#   zero.
-#
-# Both are in `tutorials/demo/events.py`.
+#   `NonMaximumSuppression` keeps the largest code within 0.8 ms alone: a refractory period.
+# * A spike has a sign. With `one_sided=True` the slab is a normal law cut off at zero, and the
+#   encoder does not count as evidence for a spike how well a negative one would fit.
 
 # %%
 PROBS, SIZE, LEVEL = 0.003, 5.0, 3.0  # where learning starts; level in units of the noise
@@ -124,11 +125,13 @@ def program(r, atoms):
         dictionary, likelihood, prior, rate=size, signal_shape=tuple(r.y.shape[1:])
     )
     # Codes that are far apart do not meet: a step larger than the safe one is fine.
+    refractory = solvers.NonMaximumSuppression(solvers.Proximal(), gap=8)
     solver = solvers.Unrolled(
-        dictionary, likelihood, num_steps=8, shrinkage=Refractory(gap=8), lipschitz=2.0
+        dictionary, likelihood, num_steps=8, shrinkage=refractory, lipschitz=2.0
     )
-    encoder = UnrolledEncoder(solver, dist.Exponential(LEVEL), init_probs=PROBS, init_scale=SIZE)
-    return model, Thresholded(encoder, OneSided())
+    start = {"init_probs": PROBS / 2, "init_scale": SIZE}  # where it starts
+    encoder = UnrolledEncoder(solver, dist.Exponential(LEVEL), one_sided=True, **start)
+    return model, Thresholded(encoder, SpikeAndSlabPosterior(one_sided=True))
 
 
 def check(model, guide, y, mask=None):

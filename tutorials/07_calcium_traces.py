@@ -34,7 +34,6 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from demo import figures, membrane, neurons  # the folder beside this script
-from demo.events import OneSided, Refractory
 from matplotlib import pyplot as plt
 from scipy.ndimage import median_filter
 from torch import nn
@@ -42,7 +41,12 @@ from torch import nn
 from pyro_sparse import diagnostics, infer, solvers, testing
 from pyro_sparse.dictionaries import Conv, Overhang
 from pyro_sparse.distributions import Rate, SpikeAndSlab
-from pyro_sparse.guides import Thresholded, ThresholdPosterior, UnrolledEncoder
+from pyro_sparse.guides import (
+    SpikeAndSlabPosterior,
+    Thresholded,
+    ThresholdPosterior,
+    UnrolledEncoder,
+)
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.models import SparseCoding
 
@@ -106,7 +110,7 @@ def prepare(group, seconds):
 # be the kernel. `Overhang` lets a kernel hang over the edge of a row: the tail of an event before
 # it needs a code too.
 #
-# Two posteriors are tried. In `OneSided` (`tutorials/demo/events.py`, as in tutorial 3) inclusion,
+# Two posteriors are tried, both normal laws cut off at zero. In `SpikeAndSlabPosterior` inclusion,
 # location and scale of a code are free. `ThresholdPosterior` has one learned threshold $\theta$: a
 # code is what exceeds it of a normal draw, so that $P(z \ne 0) = \Phi((\mu - \theta) / s)$.
 
@@ -137,12 +141,13 @@ def program(decay, learn_kernel, threshold=False):
     model = SparseCoding(
         dictionary, likelihood, Events(), rate=Rate(1 / SIZE, num_atoms=1), signal_shape=(1, WIDTH)
     )
-    solver = solvers.Unrolled(
-        dictionary, likelihood, num_steps=8, shrinkage=Refractory(gap=2), lipschitz=3.0
-    )
-    encoder = UnrolledEncoder(solver, dist.Exponential(LEVEL), init_probs=PROBS, init_scale=SIZE)
+    apart = solvers.NonMaximumSuppression(solvers.Proximal(), gap=2)  # as in tutorial 3
+    solver = solvers.Unrolled(dictionary, likelihood, num_steps=8, shrinkage=apart, lipschitz=3.0)
+    start = {"init_probs": PROBS / 2, "init_scale": SIZE}  # where it starts
+    encoder = UnrolledEncoder(solver, dist.Exponential(LEVEL), one_sided=True, **start)
+    free = SpikeAndSlabPosterior(one_sided=True)
     learned = ThresholdPosterior(Rate(3.0, num_atoms=1), dist.Normal, soft=True, one_sided=True)
-    return model, Thresholded(encoder, learned if threshold else OneSided())
+    return model, Thresholded(encoder, learned if threshold else free)
 
 
 EPOCHS = 3 if SMOKE else 10

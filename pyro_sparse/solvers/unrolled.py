@@ -37,8 +37,9 @@ class Unrolled(nn.Module):
         likelihood: Gives the residual and the curvature.
         num_steps: Number of layers, ``>= 1``.
         method: ``FISTA()`` or ``ISTA()``; default FISTA.
-        shrinkage: ``Proximal(...)``, ``HardThreshold(...)``, ``Bias(...)``, ``TopK(...)``; by
-            default ``Proximal(num_atoms)``, which learns a factor on the threshold of each atom.
+        shrinkage: ``Proximal(...)``, ``HardThreshold(...)``, ``Bias(...)``, ``TopK(...)``,
+            ``NonMaximumSuppression(...)``; by default ``Proximal(num_atoms)``, which learns a
+            factor on the threshold of each atom.
         step_size: The step :math:`s` as a fixed number, as in published nets whose dictionaries
             have absorbed it. In place of ``lipschitz`` and of the likelihood's curvature.
         lipschitz: Fixed value in place of the dictionary's squared norm, as in published nets

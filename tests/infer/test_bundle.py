@@ -42,6 +42,7 @@ from pyro_sparse.solvers import (
     Bias,
     Fixed,
     HardThreshold,
+    NonMaximumSuppression,
     PowerIteration,
     Proximal,
     Shrinkage,
@@ -211,6 +212,16 @@ def test_a_shrinkage_comes_back(tmp_path: Path, shrinkage: Shrinkage) -> None:
     assert torch.equal(back.encode(y), guide.encode(y))
     assert type(back.encoder.shrinkage) is type(shrinkage)
     assert same_state(back, guide)
+
+
+@pytest.mark.parametrize("gap", [2, (2,)])
+def test_a_shrinkage_with_a_gap_comes_back(tmp_path: Path, gap: int | tuple[int, ...]) -> None:
+    shrinkage = NonMaximumSuppression(Proximal(2), gap)
+    guide = UnrolledFISTA(Conv(2, 1, 4), Gaussian(0.5), dist.Laplace(0.0, 1.0), shrinkage=shrinkage)
+    back = round_trip(tmp_path, guide=guide)["guide"]
+    y = torch.randn(5, 1, 30)
+    assert torch.equal(back.encode(y), guide.encode(y))
+    assert back.encoder.shrinkage.gap == gap and same_state(back, guide)
 
 
 def test_a_rate_that_is_learned_comes_back_shared(tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
 import numpy as np
-import pyro.distributions as dist
 import pytest
 import torch
-from scipy import stats
 
 from pyro_sparse.dictionaries import Conv
-from tutorials.demo import events, membrane, neurons, photograph
+from tutorials.demo import membrane, neurons, photograph
 
 
 @pytest.mark.slow
@@ -82,35 +80,6 @@ def test_codes_of_one_event_are_one_event() -> None:
     times, probability = neurons.clusters(prob, np.array([10, 11, 12, 13, 30]), gap=3)
     assert times.tolist() == [11.0, 30.0]
     np.testing.assert_allclose(probability, [0.75, 0.9])
-
-
-def test_of_neighbouring_codes_the_largest_is_kept() -> None:
-    law = dist.Exponential(torch.ones(2, 9)).to_event(2)
-    value = torch.zeros(1, 2, 9)
-    value[0, 0, [2, 3, 7]] = torch.tensor([3.0, 4.0, 2.0])
-    value[0, 1, 2] = 5.0  # another cell
-    codes = events.Refractory(gap=2)(law, value, torch.tensor(1.0), 0, 1)
-    assert codes.nonzero().tolist() == [[0, 0, 3], [0, 0, 7], [0, 1, 2]]
-    assert codes[0, 0, 3] == 3.0
-
-
-def test_one_sided_posterior_of_one_code_is_exact() -> None:
-    # One code, unit noise, a normal slab cut off at zero: density of y under slab and spike.
-    grid = np.linspace(0, 40, 400_001)
-    y, scale, probs = 1.3, 2.0, 0.1
-    slab = stats.halfnorm.pdf(grid, scale=scale) * stats.norm.pdf(y - grid)
-    evidence = np.trapezoid(slab, grid)
-    active = probs * evidence / (probs * evidence + (1 - probs) * stats.norm.pdf(y))
-    variance = 1 / (1 + scale**-2)
-    loc = torch.tensor(variance * y, dtype=torch.float64)
-    # What an encoder emits: the log-odds that count either sign, the slab's density doubled.
-    logits = np.log(2 * probs / (1 - probs)) + (np.log(variance / scale**2) + y**2 * variance) / 2
-    emitted = {"loc": loc, "log_scale": torch.tensor(np.log(variance) / 2)}
-    law = events.OneSided()({**emitted, "logits": torch.tensor(logits)})
-    np.testing.assert_allclose(law.prob_active.item(), active, rtol=1e-6)
-    np.testing.assert_allclose(
-        law.slab.mean.item(), np.trapezoid(grid * slab, grid) / evidence, rtol=1e-6
-    )
 
 
 def test_simulated_recordings_hold_their_spikes() -> None:
