@@ -22,7 +22,8 @@ A user adds a prior of their own::
         return Conjugate(...)
 
 For a certificate the distribution also needs the property ``mode``, from which its penalty is
-measured, or a penalty of its own by ``register_penalty``. ``testing.check_prior(MyPrior(...))`` compares them with the density by brute force.
+measured, or a penalty of its own by ``register_penalty``. ``testing.check_prior(MyPrior(...))``
+compares all of them with the density by brute force.
 """
 
 from __future__ import annotations

@@ -194,6 +194,11 @@ class _Battery:
             )
         return found
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the type has a penalty of its own, for which no ``mode`` is needed."""
+        return penalty.dispatch(type(self.law)) is not penalty.dispatch(object)
+
     def shapes(self) -> str:
         law = self.whole
         draws = law.sample((5, 2))
@@ -358,7 +363,7 @@ class _Battery:
 
     def mode(self) -> str:
         if self.peak is None:
-            if _answers(lambda: conjugate(self.law)):
+            if not self.has_penalty and _answers(lambda: conjugate(self.law)):
                 raise Failed(
                     "Expected a property `mode`: the penalty is measured from it, and a registered "
                     "conjugate belongs to that penalty."
@@ -378,8 +383,7 @@ class _Battery:
 
     def penalty(self) -> str:
         draws = self.draws[:1000]
-        stated = penalty.dispatch(type(self.law)) is not penalty.dispatch(object)
-        if self.peak is None and not stated:
+        if self.peak is None and not self.has_penalty:
             raise NotAsked("None without `mode`, from which it is measured.")
         got = self._asked(lambda: penalty(self.law, draws), "penalty")
         constant = got + self.log_prob(draws)

@@ -16,7 +16,7 @@ from pyro_sparse.testing.advice import Failed, short
 
 def check_saving(module: nn.Module) -> str:
     """Save a module, load it, compare all it holds."""
-    before, after = module.state_dict(), _again(module).state_dict()
+    before, after = module.state_dict(), _again(module=module).state_dict()
     if before.keys() != after.keys():
         raise Failed(
             f"Expected the tensors {sorted(before)} to come back, got {sorted(after)}. See "
@@ -35,7 +35,7 @@ def check_saving_law(prior: Any, law: Any) -> str:
         prior: What is saved: a law, or a function that makes one.
         law: The law whose draws are compared.
     """
-    again = _again(prior)
+    again = _again(prior=prior)
     if prior is not law:
         return "comes back by its name"
     torch.manual_seed(0)
@@ -53,11 +53,11 @@ def check_saving_law(prior: Any, law: Any) -> str:
     return "the same density comes back"
 
 
-def _again(value: Any) -> Any:
-    """What loading gives after saving."""
+def _again(**named: Any) -> Any:
+    """What loading gives after saving; a message has the name."""
     with tempfile.TemporaryDirectory() as parent:
         try:
-            save(Path(parent) / "saved", saved=value)
+            save(Path(parent) / "saved", **named)
         except TypeError as why:
             raise NotAsked(f"Cannot be saved: {short(why)}") from None
-        return load(Path(parent) / "saved")["saved"]
+        return next(iter(load(Path(parent) / "saved").values()))
