@@ -21,7 +21,7 @@ def log_density(law: Any, value: Tensor) -> Tensor:
     try:
         inside = law.support.check(value)
     except NotImplementedError:
-        return law.log_prob(value)  # type: ignore[no-any-return]
+        return law.log_prob(value)
     each = inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim()))
     return torch.where(inside, law.log_prob(torch.where(each, value, law.sample())), -torch.inf)
 

@@ -251,7 +251,7 @@ class _Battery:
                 raise Failed(
                     "Expected a finite log_prob of the prior's own draws, got some that are not."
                 )
-            if not bool(law.support.check(draws).all()):  # type: ignore[attr-defined]
+            if not bool(law.support.check(draws).all()):
                 raise Failed("Expected draws in the prior's own support, got some outside.")
         share = float(self.is_zero.double().mean())
         return f"accepted; {share:.3g} of them exactly zero" if share else "accepted"
@@ -307,8 +307,8 @@ class _Battery:
             "the log-density": lambda z: log_density(self.law, z)
         }
         for k in range(self.law.event_shape.numel()):
-            asked[f"code {k}"] = lambda z, k=k: z.flatten(-first)[..., k]
-            asked[f"the size of code {k}"] = lambda z, k=k: z.flatten(-first)[..., k].abs()
+            asked[f"code {k}"] = functools.partial(_code, k, first)
+            asked[f"the size of code {k}"] = functools.partial(_size, k, first)
         for name, function in asked.items():
             expected, error = self.weighed.expectation(function(events))
             got = function(self.draws)
@@ -452,13 +452,13 @@ class _Battery:
         found = self._asked(lambda: conjugate(self.law), "conjugate")
         if self.peak is None:
             raise NotAsked("Asked together with `mode`, from which the penalty is measured.")
-        return self._of_vectors(found) if self.ones else self._of_numbers(found)
+        return (self._of_vectors if self.ones else self._of_numbers)(found, self.peak)
 
-    def _of_numbers(self, found: distributions.Conjugate) -> str:
+    def _of_numbers(self, found: distributions.Conjugate, peak: Tensor) -> str:
         spread = torch.linspace(-6.0, 6.0, 25, dtype=torch.float64, device=self.centre.device)
         slope = spread.reshape(-1, *_ones(self.centre)) / self.scale
         slope = 0.999 * slope * found.feasible(slope)  # (25, *batch_shape)
-        expected, at = self._supremum(slope)
+        expected, at = self._supremum(slope, peak)
         got = found.value(slope)
         wrong = ~((got - expected).abs() <= 1e-6 * (1 + expected.abs()))
         if bool(wrong.any()):
@@ -475,7 +475,7 @@ class _Battery:
                 -1 if name == "lower" else 1
             )
             ends = bound.isfinite()
-            reached, at = self._supremum(torch.where(ends, beyond, 0.0)[None])
+            reached, at = self._supremum(torch.where(ends, beyond, 0.0)[None], peak)
             far = (at - self.centre).abs() > 1e5 * self.scale
             if bool((ends & ~far[0] & reached[0].isfinite()).any()):
                 raise Failed(
@@ -486,12 +486,12 @@ class _Battery:
                 )
         return f"the supremum, at {len(slope)} slopes"
 
-    def _supremum(self, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def _supremum(self, slope: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
         """Of ``slope * z - g(z)`` on grids that get finer, and where."""
-        top = self.log_prob(self.peak)
+        top = self.log_prob(peak)
         size = torch.logspace(-4, 6, 2001, dtype=torch.float64, device=slope.device)
         size = torch.cat([-size.flip(0), size.new_zeros(1), size])
-        z = self.peak + self.scale * size.reshape(-1, 1, *_ones(self.centre))
+        z = peak + self.scale * size.reshape(-1, 1, *_ones(self.centre))
         z = torch.cat([z, torch.zeros_like(z[:1])]).sort(0).values  # (grid, 1, *batch_shape)
         z = z.expand(-1, *slope.shape)
         best = at = slope
@@ -506,7 +506,7 @@ class _Battery:
             z = torch.cat([inner, at[None]]).sort(0).values
         return best, at
 
-    def _of_vectors(self, found: distributions.Conjugate) -> str:
+    def _of_vectors(self, found: distributions.Conjugate, peak: Tensor) -> str:
         torch.manual_seed(3)
         far = self.centre + 3 * self.scale * torch.randn(100, *self.centre.shape).to(self.centre)
         try:
@@ -516,7 +516,7 @@ class _Battery:
         slope = (far - z) / self.unit.square()  # a subgradient at z: there u z = g(z) + g*(u)
         total = found.value(slope).flatten(-len(self.ones)).sum(-1)
         inner = (slope * z).flatten(-len(self.ones)).sum(-1)
-        top = self.log_prob(self.peak)
+        top = self.log_prob(peak)
         if not bool((found.feasible(slope) >= 1 - 1e-6).all()):
             raise Failed(
                 "Expected slopes of the penalty (value - prox) / step to be feasible, got some "
@@ -551,7 +551,7 @@ class _Battery:
             self._finite(torch.autograd.grad(at_zero.sum(), zero)[0], "zero, where codes will be")
         if self.rate is None:
             named = [(n, t) for n, t in _tensors(self.law) if t.is_floating_point()]
-            reached = [n for n, t in named if self._follows(n, t, lambda t, n=n: self._with(n, t))]
+            reached = [n for n, t in named if self._follows(n, t, functools.partial(self._with, n))]
         else:
             rate = self.rate.to(torch.float64)
             made = lambda t: _entries(_law_of(self.given, t, self.code_shape))  # noqa: E731
@@ -566,7 +566,7 @@ class _Battery:
         direction = torch.ones_like(value)
 
         def along(size: Tensor) -> Tensor:
-            return made(value + size * direction).log_prob(z).sum()  # type: ignore[no-any-return]
+            return made(value + size * direction).log_prob(z).sum()
 
         zero = torch.zeros((), dtype=torch.float64, device=value.device)
 
@@ -685,6 +685,14 @@ def _compare(got: Tensor, expected: Tensor, meaning: str, tolerance: float = 1e-
         raise Failed(
             f"Expected {_first(expected, wrong):.6g}, got {_first(got, wrong):.6g}: {meaning}."
         )
+
+
+def _code(k: int, dims: int, events: Tensor) -> Tensor:
+    return events.flatten(-dims)[..., k]
+
+
+def _size(k: int, dims: int, events: Tensor) -> Tensor:
+    return events.flatten(-dims)[..., k].abs()
 
 
 def _ones(like: Tensor) -> tuple[int, ...]:

@@ -174,7 +174,6 @@ FAULTS = {
     "mean": ("moments",),
     "variance": ("moments",),
     "mode": ("mode",),
-    "no mode": ("mode",),
     "penalty": ("penalty",),
     "start of penalty": ("penalty",),
     "step": ("prox",),
@@ -208,7 +207,6 @@ def test_a_planted_fault_is_named_by_its_check(fault: str) -> None:
     [
         ("step", "prox", "The step does not change it"),
         ("scale of draws", "draws", "Kolmogorov-Smirnov"),
-        ("no mode", "mode", "Expected a property `mode`"),
         ("too narrow", "conjugate", "bounds too narrow"),
         ("nan gradient", "gradient", "at zero, where codes will be"),
         ("detached", "gradient", "by scale"),
@@ -216,6 +214,20 @@ def test_a_planted_fault_is_named_by_its_check(fault: str) -> None:
 )
 def test_the_advice_says_what_to_do(fault: str, check: str, says: str) -> None:
     assert says in found(check_prior(Own(fault=fault)), check).advice
+
+
+def test_a_mode_is_needed_with_a_conjugate_and_not_with_a_penalty_of_its_own() -> None:
+    class Peakless(dist.Logistic):
+        pass
+
+    def advice() -> Advice:
+        return check_prior(Peakless(torch.tensor(0.0), torch.tensor(1.0)))
+
+    assert "mode" not in advice().failed
+    d.register_conjugate(Peakless)(lambda prior: d.Conjugate(-prior.loc, prior.loc, abs))
+    assert "Expected a property `mode`" in found(advice(), "mode").advice
+    d.register_penalty(Peakless)(lambda prior, z: prior.log_prob(prior.loc) - prior.log_prob(z))
+    assert "mode" not in advice().failed
 
 
 class Group(d.GroupLaplace):
