@@ -101,7 +101,20 @@ def uniformity(integral: Integral, draws: Tensor) -> Tensor:
     levels = less + torch.rand_like(draws) * (most - less)
     columns = levels.reshape(len(levels), -1).T.cpu().numpy()
     found = [stats.kstest(column.clip(0, 1), "uniform").pvalue for column in columns]
-    return torch.tensor(found).reshape(integral.total.shape)
+    return integral.total.new_tensor(found).reshape(integral.total.shape)
+
+
+def share_of_zeros(integral: Integral, is_zero: Tensor) -> Tensor:
+    """P-value of the exact binomial test of the number of zeros; shape ``batch_shape``.
+
+    Args:
+        integral: Of the law.
+        is_zero: Which draws are zero, shape ``(n, *batch_shape)``.
+    """
+    count, size = is_zero.sum(0).cpu().numpy(), len(is_zero)
+    probs = (integral.atom / integral.total).clamp(0, 1).cpu().numpy()
+    tails = stats.binom.cdf(count, size, probs), stats.binom.sf(count - 1, size, probs)
+    return torch.as_tensor(np.minimum(1.0, 2 * np.minimum(*tails))).to(is_zero.device)
 
 
 class Weighed(NamedTuple):
