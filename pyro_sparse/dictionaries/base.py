@@ -28,6 +28,10 @@ class LinearMap:
     They see the function with the arguments ``(map, codes)``, and its attribute ``arithmetic`` is
     what the concrete map does.
 
+    For ``squared_norm`` of a map of one's own there are ``ops.largest_eigenvalue_bound`` of its
+    Gram matrix, which is never below the truth (a power iteration ends below it), and
+    ``dictionaries.operator_norm_bound`` for a map that is known by what it does alone.
+
     Example:
         >>> class Doubled(LinearMap):
         ...     def forward(self, codes):
@@ -159,7 +163,8 @@ class Dictionary(nn.Module):
     """Declares a dictionary: ``predictor = dictionary(codes)``, linear in the codes.
 
     A user's own dictionary subclasses this, states ``num_atoms``, ``code_dims`` and
-    ``signal_dims``, and implements ``bind`` and ``code_shape``.
+    ``signal_dims``, and implements ``bind`` and ``code_shape``. What serves it there:
+    ``register_atoms``, ``self.bound_atoms`` and ``check_shape``; and ``testing.check_dictionary``.
 
     Attributes:
         atoms: The atoms, first dimension ``num_atoms``.
@@ -193,6 +198,32 @@ class Dictionary(nn.Module):
                 normalised): what a sampled dictionary site hands over.
         """
         raise NotImplementedError
+
+    def bound_atoms(self, atoms: Tensor | None) -> Tensor:
+        """The atoms that ``bind`` is to use: the module's own, or those that it was handed.
+
+        Args:
+            atoms: As ``bind`` got them; leading dimensions are free.
+
+        Raises:
+            TypeError: If they are not a floating tensor.
+            ValueError: If they are of another shape than the module's own; names both.
+
+        Example:
+            >>> from pyro_sparse.dictionaries import Dense
+            >>> Dense(8, 5).bound_atoms(torch.zeros(20, 8, 5)).shape
+            torch.Size([20, 8, 5])
+        """
+        own = self.atoms
+        if atoms is None:
+            return own
+        check_tensor("atoms", atoms)
+        if atoms.shape[atoms.dim() - own.dim() :] != own.shape or atoms.dim() < own.dim():
+            raise ValueError(
+                f"Expected atoms of shape (..., {', '.join(map(str, own.shape))}), got "
+                f"{tuple(atoms.shape)}."
+            )
+        return atoms
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:
         """Shape of the codes of a signal: leading dimensions kept, ``signal_dims`` replaced.
@@ -320,22 +351,6 @@ class UnitNorm(nn.Module):
         return self.forward(atoms)
 
 
-def check_bound(atoms: Tensor, own: Tensor) -> Tensor:
-    """Refuse sampled atoms in another shape than the module's own; leading dimensions are free.
-
-    Raises:
-        TypeError: If they are not a floating tensor.
-        ValueError: Names both shapes.
-    """
-    check_tensor("atoms", atoms)
-    if atoms.shape[atoms.dim() - own.dim() :] != own.shape or atoms.dim() < own.dim():
-        raise ValueError(
-            f"Expected atoms of shape (..., {', '.join(map(str, own.shape))}), got "
-            f"{tuple(atoms.shape)}."
-        )
-    return atoms
-
-
 def check_atoms(atoms: Tensor) -> None:
     """Refuse atoms that cannot be normalised or would poison a training.
 
@@ -352,8 +367,29 @@ def check_atoms(atoms: Tensor) -> None:
         )
 
 
-def register_atoms(module: nn.Module, atoms: Tensor, *, unit_norm: bool) -> None:
-    """Make ``module.atoms`` a trainable parameter, parametrised to unit norm if asked."""
+def register_atoms(module: nn.Module, atoms: Tensor, *, unit_norm: bool = True) -> None:
+    """Make ``module.atoms`` a trainable parameter, parametrised to unit norm if asked.
+
+    For the constructor of a dictionary of one's own.
+
+    Args:
+        module: The dictionary.
+        atoms: Copied, shape ``(atoms, ...)``.
+        unit_norm: Keep every atom at unit Euclidean length, whatever an optimiser does.
+
+    Raises:
+        TypeError: If they are not a floating tensor.
+        ValueError: If an atom is zero or not finite; names the first.
+
+    Example:
+        >>> class Sum(Dictionary):
+        ...     def __init__(self, atoms):
+        ...         super().__init__()
+        ...         register_atoms(self, atoms)
+        >>> Sum(torch.tensor([[3.0, 4.0]])).atoms.tolist()
+        [[0.6000000238418579, 0.800000011920929]]
+    """
+    check_tensor("atoms", atoms)
     check_atoms(atoms)
     module.atoms = nn.Parameter(atoms.detach().clone())
     if unit_norm:
@@ -361,10 +397,18 @@ def register_atoms(module: nn.Module, atoms: Tensor, *, unit_norm: bool) -> None
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """A shape, as a tuple.
+    """A shape, as a tuple: what ``code_shape`` does first with the one that it is handed.
 
     Raises:
-        ValueError: If it is not a sequence of whole numbers of at least zero.
+        ValueError: If it is not a tuple or list of whole numbers of at least zero.
+
+    Example:
+        >>> check_shape([3, 5])
+        (3, 5)
+        >>> check_shape(3.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected a shape, a tuple of whole numbers >= 0, got 3.5.
     """
     whole = isinstance(shape, tuple | list) and all(
         isinstance(size, int | torch.SymInt | np.integer) and size >= 0 for size in shape

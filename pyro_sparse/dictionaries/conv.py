@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from pyro_sparse.dictionaries.base import (
     Dictionary,
     LinearMap,
-    check_bound,
     check_shape,
     check_sizes,
     register_atoms,
@@ -294,9 +293,7 @@ class Conv(Dictionary):
         register_atoms(self, atoms, unit_norm=unit_norm)
 
     def bind(self, atoms: Tensor | None = None) -> ConvMap:  # noqa: D102
-        own = self.atoms
-        bound = own if atoms is None else check_bound(atoms, own)
-        return ConvMap(bound, self.stride, self.boundary)
+        return ConvMap(self.bound_atoms(atoms), self.stride, self.boundary)
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
         signal_shape = check_shape(signal_shape)

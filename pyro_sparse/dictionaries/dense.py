@@ -10,7 +10,6 @@ from torch import Tensor
 from pyro_sparse.dictionaries.base import (
     Dictionary,
     LinearMap,
-    check_bound,
     check_shape,
     check_sizes,
     register_atoms,
@@ -122,8 +121,7 @@ class Dense(Dictionary):
         register_atoms(self, atoms, unit_norm=unit_norm)
 
     def bind(self, atoms: Tensor | None = None) -> DenseMap:  # noqa: D102
-        own = self.atoms
-        return DenseMap(own if atoms is None else check_bound(atoms, own))
+        return DenseMap(self.bound_atoms(atoms))
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
         signal_shape = check_shape(signal_shape)
