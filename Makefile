@@ -51,11 +51,11 @@ bench: $(DEV) ## steps beside the same arithmetic in raw torch; maps; gradient e
 	$(PY) -m benchmarks.conv_maps $(ARGS)
 	$(PY) -m benchmarks.estimators
 
-docs: $(DOCS) ## the site, in docs/_build/html
+docs: $(DOCS) ## the site, in docs/_build/html; runs the tutorials (SMOKE=1: briefly)
 	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 clean: ## remove what the other targets wrote, .venv aside
-	rm -rf build dist demo docs/_build docs/_autosummary docs/_results docs/results.md *.egg-info
+	rm -rf build dist demo docs/_build docs/_autosummary docs/_results docs/_tutorials docs/results.md *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 

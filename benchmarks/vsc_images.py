@@ -64,9 +64,20 @@ def split(folder: Path, part: str, count: int, seed: int) -> Tensor:
 
 def garments(folder: Path, part: str) -> Tensor:
     """Fashion-MNIST, ``(n, 784)``, from 0 to 1: 55,000 to train, 5,000 validation, 8,000 test."""
+    file, rows = _garments(folder, part)
+    return images_of(file)[rows].flatten(1)
+
+
+def labels_of_garments(folder: Path, part: str) -> Tensor:
+    """Their classes, ``(n,)``."""
+    file, rows = _garments(folder, part)
+    return torch.from_numpy(np.load(file)["labels"].astype(np.int64))[rows]
+
+
+def _garments(folder: Path, part: str) -> tuple[Path, slice]:
     file = folder / "fashion_mnist" / f"fashion_{'test' if part == 'test' else 'train'}.npz"
     ends = {"train": (0, 55_000), "validation": (55_000, 60_000), "test": (0, None)}[part]
-    return images_of(file)[slice(*ends)].flatten(1)
+    return file, slice(*ends)
 
 
 def images_of(file: Path) -> Tensor:

@@ -14,6 +14,8 @@ from pyro_sparse import infer
 
 SAMPLES, SHOWN, CHUNK = 100, 20, 100
 BOUNDS = (1, 20, 100)
+COMPARED = 400
+"""Groups of data at most whose bounds are kept, for differences of methods."""
 USED = 0.01
 """A code is used if its posterior mean varies over the data by this part of the prior variance
 (the active units of Burda, Grosse & Salakhutdinov, 2016)."""
@@ -102,7 +104,7 @@ def measure(
             f"J={count}": [round(v, 3) for v in means[f"bound {count}"][2].tolist()]
             for count in BOUNDS
         }
-        if together > 1
+        if len(y) // together <= COMPARED
         else {},
     }
 

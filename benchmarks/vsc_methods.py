@@ -102,6 +102,8 @@ class Method:
         published: Whether it is one of the published sparse methods.
         mlp: Whether a network of two hidden layers takes the place of the unrolled encoder.
         warmed: Value of that at the start and after the first tenth of the steps.
+        probs: Prior probability of an active code; another than 0.1 for free gates alone.
+        integrated: Integrate a Gamma threshold out in training too.
     """
 
     base: type
@@ -112,12 +114,14 @@ class Method:
     published: bool = False
     warmed: tuple[float, float] | None = None
     mlp: bool = False
+    probs: float = PROBS
+    integrated: bool = False
 
     @property
     def prior_variance(self) -> float:
         """Of a code, active or not; of thresholded laws that of the base, scaled by inclusion."""
         variance = SCALES[self.base] ** 2 * (2 if self.base is dist.Laplace else 1)
-        return variance * (1 if self.kind == "dense" else PROBS)
+        return variance * (1 if self.kind == "dense" else self.probs)
 
     def prior(self, *, integrated: bool = False) -> dict[str, Any]:
         """Arguments of the model."""
@@ -128,11 +132,11 @@ class Method:
         if self.kind == "dense":
             return {"prior": base}
         if self.kind == "gates":
-            return {"prior": SpikeAndSlab(base, PROBS)}
+            return {"prior": SpikeAndSlab(base, self.probs)}
         if self.kind == "threshold":
             return {"prior": ShiftedThresholded(base, SHIFTED[self.base])}
         mean = GAMMA[self.base]
-        if integrated:
+        if integrated or self.integrated:
             return {"prior": GammaThresholded(0.0, scale, 3.0, 3.0 / mean)}
         return {
             "prior": lambda threshold: ShiftedThresholded(base, threshold),
@@ -147,7 +151,7 @@ class Method:
             return SpikeAndSlabPosterior(self.base)
         if self.kind == "threshold":
             return ThresholdPosterior(SHIFTED[self.base], self.base)
-        return GammaThresholdPosterior(sampled=not integrated, base=self.base)
+        return GammaThresholdPosterior(sampled=not (integrated or self.integrated), base=self.base)
 
     def guide(self, network: nn.Module, width: int, atoms: int) -> Thresholded:
         """The encoder; its heads start at the prior, but for weights as torch makes them."""
@@ -156,7 +160,7 @@ class Method:
         start = {
             "loc": 0.0,
             "log_scale": math.log(SCALES[self.base]),
-            "logits": math.log(PROBS / (1 - PROBS)),
+            "logits": math.log(self.probs / (1 - self.probs)),
             "log_concentration": math.log(3.0),
             "log_rate": math.log(3.0 / GAMMA[self.base]),
         }
@@ -184,15 +188,16 @@ class Method:
             estimator,
             num_samples=self.draws if sampled and not isinstance(estimator, Exact) else None,
             bound=BestOf(as_published=True) if self.best else Mean(),
-            base_kl=self.kind in ("threshold", "gamma"),
+            base_kl=self.published and self.kind in ("threshold", "gamma"),
             num_plates=1,
             kl_weight=self._kl_weight(length, callbacks),
         )
-        return elbo, callbacks, Downweighted if self.kind == "gamma" else (lambda model: model)
+        sampled_threshold = self.kind == "gamma" and not self.integrated
+        return elbo, callbacks, Downweighted if sampled_threshold else (lambda model: model)
 
     def _kl_weight(self, length: int, callbacks: list[Warmup]) -> float | Scheduled:
         """Warmed up for the objectives of this library: published ones do without."""
-        if self.published or self.kind != "gates":
+        if self.published or self.kind in ("dense", "point"):
             return 1.0
         weight = Scheduled(LinearRamp(KL_START, 1.0, num_steps=2 * length))
         callbacks.append(Warmup(weight))
@@ -219,6 +224,20 @@ def _concrete(*, best: bool) -> Method:
     return Method(dist.Normal, "gates", Concrete, best=best, published=True, warmed=(1.0, 0.5))
 
 
+ABLATED: dict[str, Method] = {
+    "threshold-laplace-of-1": _published(dist.Laplace, "threshold", best=False, draws=1),
+    "threshold-laplace-mean-of-5": _published(dist.Laplace, "threshold", best=False, draws=5),
+    "exact-laplace-fixed": Method(dist.Laplace, "threshold", lambda _: Exact()),
+    "exact-laplace-gamma": Method(dist.Laplace, "gamma", lambda _: Exact(), integrated=True),
+    **{
+        f"exact-gaussian-{percent}-percent": Method(
+            dist.Normal, "gates", lambda _: Exact(), probs=percent / 100
+        )
+        for percent in (5, 20, 50)
+    },
+}
+"""Of `benchmarks.vsc_ablations` alone."""
+
 METHODS: dict[str, Method] = {
     "fista": Method(dist.Laplace, "point", lambda _: Exact()),
     "gaussian": Method(dist.Normal, "dense", lambda _: ImplicitMixed()),
@@ -241,4 +260,5 @@ METHODS: dict[str, Method] = {
     "threshold-laplace-max-of-5": _published(dist.Laplace, "threshold", best=True, draws=5),
     "implicit-gaussian": Method(dist.Normal, "gates", lambda _: ImplicitMixed()),
     "implicit-laplace": Method(dist.Laplace, "gates", lambda _: ImplicitMixed()),
+    **ABLATED,
 }

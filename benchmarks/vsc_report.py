@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from benchmarks import common, vsc_images
-from benchmarks.vsc_methods import METHODS
+from benchmarks.vsc_methods import ABLATED, METHODS
 
 GABOR = 0.8
 SHOWN = 100
@@ -51,7 +51,7 @@ def paired(own: dict[str, Any], other: dict[str, Any]) -> dict[str, list[float]]
 def rows_of(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
     """What was measured on test data, by method and seed."""
     found = {}
-    for name in METHODS:
+    for name in (name for name in METHODS if name not in ABLATED):
         for file in sorted(folder.glob(f"{kind}-{name}-[0-9].test.json")):
             row = json.loads(file.read_text())
             found[f"{name}, seed {row['seed']}"] = row
@@ -111,18 +111,21 @@ def draw(
 ) -> None:
     """Bounds of all methods, and atoms of the reference."""
     bounded = {name: row for name, row in rows.items() if "bound" in row}
-    figure = plt.figure(figsize=(11 if atoms is not None else 7, 5.6), layout="constrained")
+    size = (7, 1.4 + 0.6 * len(bounded)) if atoms is None else (11, 5.6)
+    figure = plt.figure(figsize=size, layout="constrained")
     panels = figure.subfigures(
         1, 2 if atoms is not None else 1, width_ratios=(1.1, 1)[: 2 if atoms is not None else 1]
     )
     left = panels[0] if atoms is not None else panels
     axis = left.subplots()
+    colours = set()
     order = sorted(bounded, key=lambda name: bounded[name]["bound"]["J=100"][0])
     for line, name in enumerate(order):
         row = bounded[name]
         method = METHODS[row["method"]]
         colour = "C0" if not method.published and method.kind == "gates" else "C7"
         colour = "C1" if method.published else colour
+        colours.add(colour)
         values = [row["bound"][count][0] for count in ("J=1", "J=20", "J=100")]
         axis.plot(values, [line] * 3, color=colour, linewidth=1)
         axis.scatter(values, [line] * 3, s=(10, 22, 40), color=colour, zorder=3)
@@ -131,7 +134,8 @@ def draw(
     )
     axis.set_xlabel("bound, nats a datum (1, 20, 100 draws)", fontsize=9)
     for colour, label in (("C0", "this library"), ("C1", "published, sparse"), ("C7", "dense")):
-        axis.scatter([], [], color=colour, label=label)
+        if colour in colours:
+            axis.scatter([], [], color=colour, label=label)
     axis.legend(fontsize=8, loc="best", frameon=False)
     if atoms is not None:
         right = panels[1]

@@ -114,7 +114,8 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        # Bounds of many nats differ in what four digits leave out.
+        return f"{value:.7g}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list):
         return ", ".join(cell(one) for one in value)
     return escaped(str(value))

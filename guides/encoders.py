@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_sparse.dictionaries import Dictionary, LinearMap
 from pyro_sparse.dictionaries.base import check_shape, check_sizes
 from pyro_sparse.distributions import Law, check_prior, codes_prior
+from pyro_sparse.distributions.gaussian_tail import log_tail
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.infer.numbers import check_real
 from pyro_sparse.ops import check_tensor
@@ -115,6 +116,17 @@ class UnrolledEncoder(nn.Module):
     this is exact for one Gaussian code, and useful for many before any training. A code that
     reaches no observed sample gets its prior back.
 
+    The slab that is meant is normal, with mean zero. For codes that are not negative
+    (``one_sided=True``) it is the positive half of that, and the evidence for an active code, which
+    :math:`\kappa_k` multiplies, does not count how well negative ones would fit:
+
+    .. math:: \frac12 \Big(\log \frac{S_k}{\tau_k^2} + \frac{\mu_k^2}{S_k}\Big)
+        + \log 2 \Phi\Big(\frac{\mu_k}{\sqrt{S_k}}\Big).
+
+    Of another slab, with a mean of its own or exponential, the shift of :math:`\mu_k` towards it is
+    left out: of one code the emitted law is then near the posterior and not the posterior, and
+    ``refine`` finds it.
+
     Args:
         unrolled: The solver, on the model's dictionary or weights of its own. (A dictionary that
             the model samples is no place for it: the solver would see the atoms it started from.)
@@ -122,7 +134,10 @@ class UnrolledEncoder(nn.Module):
             how sparse :math:`\hat z` is. A mixed prior has no proximal step.
         init_probs: Inclusion of a code before the data, at the start, in (0, 1); best that of the
             model's prior.
-        init_scale: Standard deviation of an active code, likewise, ``> 0``, in code units.
+        init_scale: Standard deviation of an active code, likewise, ``> 0``, in code units; if
+            one-sided, its root mean square.
+        one_sided: Codes are not negative: for ``SpikeAndSlabPosterior(one_sided=True)`` or one with
+            an exponential slab.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -151,12 +166,13 @@ class UnrolledEncoder(nn.Module):
         *,
         init_probs: float = 0.1,
         init_scale: float = 1.0,
+        one_sided: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(unrolled, Unrolled):
             raise TypeError(
                 "Expected unrolled to be solvers.Unrolled(dictionary, likelihood, ...), got "
-                f"{type(unrolled).__name__}."
+                f"{type(unrolled).__name__}. A guide UnrolledFISTA holds one: guide.encoder."
             )
         check_prior(prior, has_rate=False)
         check_real("init_probs", init_probs, 0.0, 1.0, open_low=True)
@@ -170,6 +186,7 @@ class UnrolledEncoder(nn.Module):
         self.encoder_prior = prior
         self.init_probs = init_probs
         self.init_scale = init_scale
+        self.one_sided = one_sided
         like, count = unrolled.dictionary.like, unrolled.dictionary.num_atoms
         self.gain = nn.Parameter(like.new_ones(count))
         self.log_factor = nn.Parameter(like.new_zeros(count))
@@ -205,6 +222,8 @@ class UnrolledEncoder(nn.Module):
         log_variance = log_ratio + 2 * log_slab
         loc = log_variance.exp() * (energy * codes + gain * correlation)
         evidence = (log_ratio + loc.square() * (-log_variance).exp()) / 2
+        if self.one_sided:  # far below zero the square and the logarithm cancel: in one function
+            evidence = log_ratio / 2 + log_tail(loc * (-log_variance / 2).exp()) + math.log(2)
         log_scale = log_factor + log_variance / 2
         return {
             "loc": loc,
@@ -338,6 +357,7 @@ register_savable(
         "prior": encoder.encoder_prior,
         "init_probs": encoder.init_probs,
         "init_scale": encoder.init_scale,
+        "one_sided": encoder.one_sided,
     },
 )
 register_savable(

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_sparse.distributions import SpikeAndSlab
+from pyro_sparse.distributions import SpikeAndSlab, Tails, overshoot
 from pyro_sparse.distributions.gamma import GammaThresholded
 from pyro_sparse.distributions.thresholded import ShiftedThresholded, SoftThresholded
 from pyro_sparse.infer.bundle import register_savable
@@ -57,22 +57,39 @@ class SpikeAndSlabPosterior(nn.Module):
     inclusion to the scale. An encoder emits ``loc``, ``log_scale`` and ``logits``; of an
     exponential slab the mean is ``exp(log_scale)`` and ``loc`` is not asked for.
 
+    One-sided, for a prior of non-negative codes, :math:`s` is the law given that it is positive: of
+    a normal one :math:`\mathcal N_+(\mu, b^2)`, with its mode at zero where :math:`\mu < 0`. Of one
+    code with inclusion :math:`\pi` and slab :math:`\mathrm{Exponential}(\lambda)`, seen in
+    :math:`y \sim \mathcal N(a z, \sigma^2)`, that is the posterior, with
+
+    .. math:: b = \sigma / \|a\|, \qquad
+        \mu = b^2 (a^T y / \sigma^2 - \lambda), \qquad
+        \operatorname{logit} g = \operatorname{logit} \pi + \log \lambda b \sqrt{2 \pi}
+        + \frac{\mu^2}{2 b^2} + \log \Phi(\mu / b).
+
+    An encoder whose log-odds count codes of either sign lacks the last term; ``UnrolledEncoder``
+    has it with ``one_sided=True``.
+
     Args:
         slab: ``dist.Normal`` (default), ``dist.Laplace`` or ``dist.Exponential``.
+        one_sided: Keep positive codes alone. An exponential slab does so anyway.
 
     Raises:
-        ValueError: If it is another class.
+        ValueError: If ``slab`` is another class.
 
     References:
         Titsias & Lazaro-Gredilla (2011), NeurIPS 24; Tonolini, Jensen & Murray-Smith (2019), UAI.
+        One-sided: Schmidt, Winther & Hansen (2009), ICA (the normal law cut off at zero).
 
     Example:
         >>> emitted = {name: torch.zeros(3, 8) for name in ("loc", "log_scale", "logits")}
         >>> SpikeAndSlabPosterior(dist.Laplace)(emitted).prob_active[0, 0]
         tensor(0.5000)
+        >>> SpikeAndSlabPosterior(one_sided=True)(emitted).slab.mean[0, 0]  # sqrt(2 / pi)
+        tensor(0.7979)
     """
 
-    def __init__(self, slab: type = dist.Normal) -> None:
+    def __init__(self, slab: type = dist.Normal, *, one_sided: bool = False) -> None:
         super().__init__()
         if slab not in (dist.Normal, dist.Laplace, dist.Exponential):
             raise ValueError(
@@ -80,16 +97,19 @@ class SpikeAndSlabPosterior(nn.Module):
                 f"{slab!r}. For another one write a module with names and a call of your own."
             )
         self.slab = slab
-        two_sided = slab is not dist.Exponential
-        self.names = ("loc", "log_scale", "logits") if two_sided else ("log_scale", "logits")
+        self.one_sided = one_sided
+        has_loc = slab is not dist.Exponential
+        self.names = ("loc", "log_scale", "logits") if has_loc else ("log_scale", "logits")
 
     def forward(self, parameters: dict[str, Tensor]) -> SpikeAndSlab:
         """Law of the codes."""
+        logits = parameters["logits"]
         if self.slab is dist.Exponential:
-            slab = dist.Exponential(_scale(parameters).reciprocal())
-        else:
-            slab = self.slab(parameters["loc"], _scale(parameters))
-        return SpikeAndSlab(slab, logits=parameters["logits"])
+            return SpikeAndSlab(dist.Exponential(_scale(parameters).reciprocal()), logits=logits)
+        slab = self.slab(parameters["loc"], _scale(parameters))
+        if self.one_sided:
+            slab = Tails(overshoot(slab, slab.loc))
+        return SpikeAndSlab(slab, logits=logits)
 
 
 class ThresholdPosterior(nn.Module):
@@ -319,7 +339,7 @@ def _register() -> None:
         return of_name
 
     for cls, attribute, others in (
-        (SpikeAndSlabPosterior, "slab", ()),
+        (SpikeAndSlabPosterior, "slab", ("one_sided",)),
         (ThresholdPosterior, "base", ("threshold", "soft", "one_sided")),
         (GammaThresholdPosterior, "base", ("sampled",)),
         (DensePosterior, "base", ()),

@@ -33,7 +33,12 @@ class Padding(Protocol):
 
 
 class Mirrored:
-    """Data continue as their mirror image: samples near an edge count twice, as published."""
+    """Data continue as their mirror image: samples near an edge count twice, as published.
+
+    Example:
+        >>> Mirrored()(torch.arange(4.0)[None, None], None, [(2, 1)])[0]
+        tensor([[[2., 1., 0., 1., 2., 3., 2.]]])
+    """
 
     def __call__(  # noqa: D102
         self, y: Tensor, mask: Tensor | None, pads: Pads
@@ -51,7 +56,12 @@ class Mirrored:
 
 
 class Unobserved:
-    """What lies beyond the data was not observed: every sample counts once."""
+    """What lies beyond the data was not observed: every sample counts once.
+
+    Example:
+        >>> Unobserved()(torch.ones(1, 1, 2), None, [(1, 0)])
+        (tensor([[[0., 1., 1.]]]), tensor([[[False,  True,  True]]]))
+    """
 
     def __call__(  # noqa: D102
         self, y: Tensor, mask: Tensor | None, pads: Pads

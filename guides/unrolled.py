@@ -51,8 +51,9 @@ class UnrolledFISTA(PyroModule):
         num_steps: Number of layers.
         method: ``solvers.FISTA()`` (default) or ``solvers.ISTA()``.
         shrinkage: What a layer does with the value of its gradient step: ``solvers.Proximal(...)``,
-            ``HardThreshold(...)``, ``Bias(...)``, ``TopK(...)``. By default the prior's proximal
-            step with a learned factor on the threshold of each atom; ``Proximal()`` learns none.
+            ``HardThreshold(...)``, ``Bias(...)``, ``TopK(...)``, ``NonMaximumSuppression(...)``. By
+            default the prior's proximal step with a learned factor on the threshold of each atom;
+            ``Proximal()`` learns none.
         step_size: Fixed step, "as published", in place of ``lipschitz`` and the curvature.
         lipschitz: Fixed value in place of the dictionary's squared norm, "as published"; the
             published values often lie below the true one. None: a safe bound at every call.

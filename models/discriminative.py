@@ -15,6 +15,7 @@ from pyro_sparse.distributions import Law, Prior
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.likelihoods import Likelihood
 from pyro_sparse.models.program import CodesProgram, Decode
+from pyro_sparse.ops import kind_of
 
 SMALL = 1e-8
 """Added to the squared norm of codes, as published: what is all zero has a direction too."""
@@ -89,7 +90,7 @@ class DiscriminativeSparseCoding(CodesProgram):
     ) -> None:
         if not isinstance(dictionary, Dictionary):
             raise TypeError(
-                f"Expected a Dictionary, such as Dense(...), got {type(dictionary).__name__}."
+                f"Expected a Dictionary, such as Dense(...), got {kind_of(dictionary)}."
             )
         check_sizes(num_classes=num_classes)
         if num_classes < 2:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_sparse.distributions import Law, Prior, check_prior, check_rate, codes_prior, spread
 from pyro_sparse.infer.store import claim_names
 from pyro_sparse.likelihoods import Likelihood, check_data
+from pyro_sparse.ops import kind_of
 
 Decode = Callable[[Tensor], Tensor]
 """From codes ``(..., *code_shape)`` to the predictor ``(..., *signal_shape)``."""
@@ -50,7 +51,7 @@ class CodesProgram(PyroModule):
         super().__init__()
         if not isinstance(likelihood, Likelihood):
             raise TypeError(
-                f"Expected a Likelihood, such as Gaussian(...), got {type(likelihood).__name__}."
+                f"Expected a Likelihood, such as Gaussian(...), got {kind_of(likelihood)}."
             )
         _check_threshold(threshold, prior, rate)
         check_prior(prior, has_rate=rate is not None or threshold is not None)

@@ -12,6 +12,7 @@ from pyro_sparse.distributions import Law, Prior, spread
 from pyro_sparse.infer.bundle import register_savable
 from pyro_sparse.likelihoods import Likelihood
 from pyro_sparse.models.program import CodesProgram, Decode
+from pyro_sparse.ops import kind_of
 
 
 class SparseCoding(CodesProgram):
@@ -86,7 +87,7 @@ class SparseCoding(CodesProgram):
     ) -> None:
         if not isinstance(dictionary, Dictionary):
             raise TypeError(
-                f"Expected a Dictionary, such as Dense(...), got {type(dictionary).__name__}."
+                f"Expected a Dictionary, such as Dense(...), got {kind_of(dictionary)}."
             )
         if not isinstance(dictionary_prior, Law | None):
             raise TypeError(

@@ -13,6 +13,18 @@ import torch
 from torch import Tensor, nn
 
 
+def kind_of(value: object) -> str:
+    """What something is, in the words of an error message.
+
+    Example:
+        >>> kind_of(3.0), kind_of(torch.nn.ReLU)
+        ('float', 'the class ReLU, not an object: write ReLU(...)')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not an object: write {value.__name__}(...)"
+    return type(value).__name__
+
+
 def soft_threshold(codes: Tensor, threshold: Tensor | float) -> Tensor:
     """Shrink codes towards zero: the proximal operator of ``threshold * |codes|``.
 

@@ -18,10 +18,11 @@ def test_readme_examples_run_and_find_the_atoms(capsys: pytest.CaptureFixture[st
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    recovered, gap, active = capsys.readouterr().out.strip().splitlines()[-3:]
+    recovered, gap, active, *report = capsys.readouterr().out.strip().splitlines()
     assert 1.5 < float(re.findall(r"[\d.]+", active)[0]) < 2.5  # two codes of a datum, on average
     assert float(re.findall(r"[\d.]+", recovered)[0]) > 0.99
     assert gap.endswith("tensor(True)")
+    assert "not asked  training" in "\n".join(report)  # the report, to its last topics
     assert isinstance(names["dictionary"].atoms, torch.Tensor)  # type: ignore[attr-defined]
 
 

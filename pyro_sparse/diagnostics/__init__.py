@@ -2,6 +2,7 @@
 
 from pyro_sparse.diagnostics.amortisation import AmortisationGap, amortisation_gap
 from pyro_sparse.diagnostics.calibration import Calibration, Coverage, Reliability, reliability
+from pyro_sparse.diagnostics.code_plots import plot_codes, plot_events
 from pyro_sparse.diagnostics.datatree import GROUPS, to_datatree
 from pyro_sparse.diagnostics.dictionary import (
     AtomPosterior,
@@ -11,6 +12,7 @@ from pyro_sparse.diagnostics.dictionary import (
     dictionary_summary,
     stability,
 )
+from pyro_sparse.diagnostics.finding import Finding, Thresholds
 from pyro_sparse.diagnostics.khat import LOO, khat, loo, psis
 from pyro_sparse.diagnostics.plots import (
     plot_atoms,
@@ -21,6 +23,8 @@ from pyro_sparse.diagnostics.plots import (
 )
 from pyro_sparse.diagnostics.predictive import STATISTICS, PredictiveCheck, predictive_check
 from pyro_sparse.diagnostics.recovery import Recovery, match_atoms
+from pyro_sparse.diagnostics.report import Report, report
+from pyro_sparse.diagnostics.report_figures import Picture
 from pyro_sparse.diagnostics.representer import Contributors, Representer, Stationarity
 from pyro_sparse.diagnostics.representer_plot import plot_representer
 from pyro_sparse.diagnostics.sbc import SBC, sbc
@@ -40,12 +44,16 @@ __all__ = [
     "Contributors",
     "Coverage",
     "DictionarySummary",
+    "Finding",
+    "Picture",
     "PredictiveCheck",
     "Recovery",
     "Reliability",
+    "Report",
     "Representer",
     "Stability",
     "Stationarity",
+    "Thresholds",
     "align_atoms",
     "amortisation_gap",
     "dictionary_summary",
@@ -53,6 +61,8 @@ __all__ = [
     "loo",
     "match_atoms",
     "plot_atoms",
+    "plot_codes",
+    "plot_events",
     "plot_khat",
     "plot_loss",
     "plot_rank_ecdf",
@@ -61,6 +71,7 @@ __all__ = [
     "predictive_check",
     "psis",
     "reliability",
+    "report",
     "sbc",
     "stability",
     "summarise_codes",

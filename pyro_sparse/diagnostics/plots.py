@@ -62,7 +62,7 @@ def plot_rank_ecdf(
         raise ValueError("Expected at least two ranks of an element, got fewer. Simulate more.")
     each = (1 - prob) / len(columns)
     band = uniform_band(min(map(len, columns)), 1 - each)
-    ax = _new(ax)
+    ax = new_axes(ax)
     grid = np.concatenate([[0.0], band.points.numpy(), [1.0]])
     edges = [np.concatenate([[0.0], e.numpy(), [1.0]]) - grid for e in (band.lower, band.upper)]
     ax.fill_between(grid, *edges, color=_BAND, linewidth=0, label=f"{prob:.0%} band")
@@ -95,7 +95,7 @@ def plot_reliability(curve: Reliability, *, ax: Any = None) -> Any:
         >>> plot_reliability(reliability(prob, prob > 0.5)).get_xlabel()
         'P(active)'
     """
-    ax = _new(ax, (3.6, 3.6))
+    ax = new_axes(ax, (3.6, 3.6))
     ax.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
     points = [part.cpu().numpy() for part in (curve.prob, curve.frequency, 2 * curve.se)]
     ax.errorbar(*points, fmt="o-", color=_LINE, capsize=2, markersize=4)
@@ -143,7 +143,7 @@ def plot_khat(shape: Tensor, num_samples: int | None = None, *, ax: Any = None) 
     top = max(1.2, float(finite.max()) * 1.05) if len(finite) else 1.2
     low = min(-0.2, float(finite.min()) - 0.05) if len(finite) else -0.2
     bad = k > good
-    ax = _new(ax, (5.0, 3.0))
+    ax = new_axes(ax, (5.0, 3.0))
     index = torch.arange(len(k))
     for chosen, color in ((~bad, _LINE), (bad, _ALARM)):
         ax.plot(index[chosen], k[chosen].clamp(low, top), "+", color=color, markersize=5)
@@ -246,7 +246,7 @@ def plot_loss(history: History, *, ax: Any = None) -> Any:
     steps = np.asarray(history.step_loss, dtype=float)
     if not len(steps):
         raise ValueError("Expected a training of at least one step, got none.")
-    ax = _new(ax, (5.0, 3.0))
+    ax = new_axes(ax, (5.0, 3.0))
     ax.plot(np.arange(1, len(steps) + 1), steps, color="0.75", linewidth=0.7, label="step")
     # A mean over an epoch belongs to its middle, the validation to its end.
     epochs = [
@@ -292,7 +292,8 @@ def _shaped(atoms: Tensor, image_shape: Sequence[int] | None) -> Tensor:
     return atoms
 
 
-def _new(ax: Any, size: tuple[float, float] = (4.2, 3.2)) -> Any:
+def new_axes(ax: Any, size: tuple[float, float] = (4.2, 3.2)) -> Any:
+    """Axes as given, or those of a new figure."""
     if ax is not None:
         return ax
     from matplotlib import pyplot as plt  # chooses a backend, which an import should not

@@ -19,6 +19,11 @@ class Recovery(NamedTuple):
         sign: Sign of the correlation.
         shift: Samples by which the learned atom lies later than the true one, in each kernel
             dimension; shape ``(true atoms, dimensions)``, empty for dense atoms.
+
+    Example:
+        >>> found = match_atoms(-torch.eye(3)[[2, 0, 1]], torch.eye(3))
+        >>> found.match, found.sign
+        (tensor([1, 2, 0]), tensor([-1., -1., -1.], dtype=torch.float64))
     """
 
     correlation: Tensor
@@ -107,10 +112,14 @@ def correlations(learned: Tensor, truth: Tensor) -> tuple[Tensor, list[int]]:
 def check_atoms(atoms: Tensor, name: str) -> None:
     """Refuse what are no atoms."""
     if not isinstance(atoms, Tensor) or atoms.is_complex() or atoms.layout != torch.strided:
-        kind = f"{atoms.dtype} in {atoms.layout}" if isinstance(atoms, Tensor) else type(atoms)
+        kind = (
+            f"{atoms.dtype} in {atoms.layout}"
+            if isinstance(atoms, Tensor)
+            else type(atoms).__name__
+        )
         raise TypeError(
             f"Expected {name} to be a dense tensor of real numbers, got {kind}. "
-            "Try torch.as_tensor(...)."
+            "Try torch.as_tensor(...), or dictionary.atoms."
         )
     if atoms.numel() == 0:
         raise ValueError(

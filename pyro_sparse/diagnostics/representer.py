@@ -22,6 +22,12 @@ class Contributors(NamedTuple):
     Attributes:
         rows: Of the training data, largest magnitude of the weight first; ``(m, count)``.
         weight: Their weights, with sign; ``(m, count)``.
+
+    Example:
+        >>> data = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> explained = Representer(data, codes=torch.tensor([[2.0], [0.0]]), ridge=1e-6)
+        >>> explained.top(torch.tensor([[3.0]]), count=1)
+        Contributors(rows=tensor([[0]]), weight=tensor([[1.5000]]))
     """
 
     rows: Tensor
@@ -43,6 +49,12 @@ class Stationarity(NamedTuple):
         reconstruction: :math:`\|Z D - Z D^*\|_F / \|Z D\|_F`: by how much the reconstructions of
             the training data differ. The number that counts for ``weights``: atoms that are
             seldom used have little part in it.
+
+    Example:
+        >>> data = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> explained = Representer(data, codes=torch.tensor([[2.0], [0.0]]), ridge=1e-6)
+        >>> explained.stationarity(torch.tensor([[1.0, 0.0]])).cosine
+        tensor([1.])
     """
 
     distance: float

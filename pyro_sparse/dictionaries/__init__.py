@@ -1,6 +1,12 @@
 """Linear maps from codes to the predictor, with an adjoint and a spectral bound."""
 
-from pyro_sparse.dictionaries.base import Dictionary, LinearMap, UnitNorm
+from pyro_sparse.dictionaries.base import (
+    Dictionary,
+    LinearMap,
+    UnitNorm,
+    check_shape,
+    register_atoms,
+)
 from pyro_sparse.dictionaries.boundaries import Boundary, Interior, Overhang, Periodic
 from pyro_sparse.dictionaries.composition import Composition, LinearOperator, operator_norm_bound
 from pyro_sparse.dictionaries.conv import Conv, ConvMap
@@ -20,5 +26,7 @@ __all__ = [
     "Overhang",
     "Periodic",
     "UnitNorm",
+    "check_shape",
     "operator_norm_bound",
+    "register_atoms",
 ]

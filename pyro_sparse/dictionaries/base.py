@@ -27,6 +27,19 @@ class LinearMap:
     with a ``__torch_function__`` of its own, such as ``distributions.Moments``, are asked first.
     They see the function with the arguments ``(map, codes)``, and its attribute ``arithmetic`` is
     what the concrete map does.
+
+    For ``squared_norm`` of a map of one's own there are ``ops.largest_eigenvalue_bound`` of its
+    Gram matrix, which is never below the truth (a power iteration ends below it), and
+    ``dictionaries.operator_norm_bound`` for a map that is known by what it does alone.
+
+    Example:
+        >>> class Doubled(LinearMap):
+        ...     def forward(self, codes):
+        ...         return 2 * codes
+        ...     adjoint = forward
+        >>> third = Doubled().at(torch.tensor([2]), torch.Size([4]))  # the map on one code of four
+        >>> third.forward(torch.tensor([5.0]))
+        tensor([ 0.,  0., 10.,  0.])
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -101,8 +114,16 @@ class LinearMap:
         raise NotImplementedError
 
     def double(self) -> LinearMap:
-        """The same map in float64, where a duality gap is evaluated."""
-        raise NotImplementedError
+        """The same map in float64, where a duality gap is evaluated.
+
+        Raises:
+            NotImplementedError: If the map does not say.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not state itself in float64 (`double`), where codes are "
+            "certified. Call solve with tol=None to run a fixed number of steps without a "
+            "certificate."
+        )
 
     def rounding(self) -> float:
         """Rounding unit that ``double()`` still has: float64's, unless a part cannot be widened."""
@@ -142,7 +163,8 @@ class Dictionary(nn.Module):
     """Declares a dictionary: ``predictor = dictionary(codes)``, linear in the codes.
 
     A user's own dictionary subclasses this, states ``num_atoms``, ``code_dims`` and
-    ``signal_dims``, and implements ``bind`` and ``code_shape``.
+    ``signal_dims``, and implements ``bind`` and ``code_shape``. What serves it there:
+    ``register_atoms``, ``self.bound_atoms`` and ``check_shape``; and ``testing.check_dictionary``.
 
     Attributes:
         atoms: The atoms, first dimension ``num_atoms``.
@@ -152,6 +174,14 @@ class Dictionary(nn.Module):
         signal_dims: Number of trailing dimensions of one datum's signal: 1 for dense
             ``(features,)``, ``1 + d`` for convolutional ``(channels, *lengths)``.
         signal_shape: Shape of one datum's signal where the dictionary fixes it, else None.
+
+    Example:
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> dictionary = Dense(num_atoms=8, num_features=5)
+        >>> codes, signal = torch.randn(8), torch.randn(5)
+        >>> left, right = dictionary(codes) @ signal, codes @ dictionary.adjoint(signal)
+        >>> torch.allclose(left, right, atol=1e-5)
+        True
     """
 
     atoms: Tensor
@@ -168,6 +198,32 @@ class Dictionary(nn.Module):
                 normalised): what a sampled dictionary site hands over.
         """
         raise NotImplementedError
+
+    def bound_atoms(self, atoms: Tensor | None) -> Tensor:
+        """The atoms that ``bind`` is to use: the module's own, or those that it was handed.
+
+        Args:
+            atoms: As ``bind`` got them; leading dimensions are free.
+
+        Raises:
+            TypeError: If they are not a floating tensor.
+            ValueError: If they are of another shape than the module's own; names both.
+
+        Example:
+            >>> from pyro_sparse.dictionaries import Dense
+            >>> Dense(8, 5).bound_atoms(torch.zeros(20, 8, 5)).shape
+            torch.Size([20, 8, 5])
+        """
+        own = self.atoms
+        if atoms is None:
+            return own
+        check_tensor("atoms", atoms)
+        if atoms.shape[atoms.dim() - own.dim() :] != own.shape or atoms.dim() < own.dim():
+            raise ValueError(
+                f"Expected atoms of shape (..., {', '.join(map(str, own.shape))}), got "
+                f"{tuple(atoms.shape)}."
+            )
+        return atoms
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:
         """Shape of the codes of a signal: leading dimensions kept, ``signal_dims`` replaced.
@@ -274,6 +330,10 @@ class UnitNorm(nn.Module):
 
     The gradient is then tangent to the sphere and a step never changes an atom's length.
     Assigning to the parametrised tensor normalises what is assigned.
+
+    Example:
+        >>> UnitNorm()(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
     """
 
     def forward(self, atoms: Tensor) -> Tensor:
@@ -289,22 +349,6 @@ class UnitNorm(nn.Module):
         """
         check_atoms(atoms)
         return self.forward(atoms)
-
-
-def check_bound(atoms: Tensor, own: Tensor) -> Tensor:
-    """Refuse sampled atoms in another shape than the module's own; leading dimensions are free.
-
-    Raises:
-        TypeError: If they are not a floating tensor.
-        ValueError: Names both shapes.
-    """
-    check_tensor("atoms", atoms)
-    if atoms.shape[atoms.dim() - own.dim() :] != own.shape or atoms.dim() < own.dim():
-        raise ValueError(
-            f"Expected atoms of shape (..., {', '.join(map(str, own.shape))}), got "
-            f"{tuple(atoms.shape)}."
-        )
-    return atoms
 
 
 def check_atoms(atoms: Tensor) -> None:
@@ -323,8 +367,29 @@ def check_atoms(atoms: Tensor) -> None:
         )
 
 
-def register_atoms(module: nn.Module, atoms: Tensor, *, unit_norm: bool) -> None:
-    """Make ``module.atoms`` a trainable parameter, parametrised to unit norm if asked."""
+def register_atoms(module: nn.Module, atoms: Tensor, *, unit_norm: bool = True) -> None:
+    """Make ``module.atoms`` a trainable parameter, parametrised to unit norm if asked.
+
+    For the constructor of a dictionary of one's own.
+
+    Args:
+        module: The dictionary.
+        atoms: Copied, shape ``(atoms, ...)``.
+        unit_norm: Keep every atom at unit Euclidean length, whatever an optimiser does.
+
+    Raises:
+        TypeError: If they are not a floating tensor.
+        ValueError: If an atom is zero or not finite; names the first.
+
+    Example:
+        >>> class Sum(Dictionary):
+        ...     def __init__(self, atoms):
+        ...         super().__init__()
+        ...         register_atoms(self, atoms)
+        >>> Sum(torch.tensor([[3.0, 4.0]])).atoms.tolist()
+        [[0.6000000238418579, 0.800000011920929]]
+    """
+    check_tensor("atoms", atoms)
     check_atoms(atoms)
     module.atoms = nn.Parameter(atoms.detach().clone())
     if unit_norm:
@@ -332,10 +397,18 @@ def register_atoms(module: nn.Module, atoms: Tensor, *, unit_norm: bool) -> None
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """A shape, as a tuple.
+    """A shape, as a tuple: what ``code_shape`` does first with the one that it is handed.
 
     Raises:
-        ValueError: If it is not a sequence of whole numbers of at least zero.
+        ValueError: If it is not a tuple or list of whole numbers of at least zero.
+
+    Example:
+        >>> check_shape([3, 5])
+        (3, 5)
+        >>> check_shape(3.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected a shape, a tuple of whole numbers >= 0, got 3.5.
     """
     whole = isinstance(shape, tuple | list) and all(
         isinstance(size, int | torch.SymInt | np.integer) and size >= 0 for size in shape

@@ -31,6 +31,12 @@ class Boundary:
             or is cut, and that no two samples of an atom meet in one. The map then has the atoms'
             samples as its entries, of which closed-form moments take squares. A boundary that
             mirrors or tapers must leave it false.
+
+    Example:
+        >>> boundary = Overhang()
+        >>> positions = boundary.num_positions(length=100, kernel=11, stride=1)
+        >>> boundary.length(positions, kernel=11, stride=1)
+        100
     """
 
     one_to_one = False

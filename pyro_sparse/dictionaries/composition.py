@@ -10,12 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sparse.dictionaries.base import Dictionary, LinearMap, check_shape, check_sizes
-from pyro_sparse.ops import check_tensor
+from pyro_sparse.ops import check_tensor, kind_of
 
 
 @runtime_checkable
 class LinearOperator(Protocol):
-    """What a composition asks of an operator: any object with these two methods."""
+    """What a composition asks of an operator: any object with these two methods.
+
+    Example:
+        >>> class EveryOther:
+        ...     def forward(self, signal):
+        ...         return signal[..., ::2]
+        ...     def adjoint(self, measurement):
+        ...         return torch.stack([measurement, torch.zeros_like(measurement)], -1).flatten(-2)
+        >>> operator: LinearOperator = EveryOther()
+        >>> operator.adjoint(operator.forward(torch.tensor([1.0, 2.0, 3.0, 4.0])))
+        tensor([1., 0., 3., 0.])
+    """
 
     def forward(self, signal: Tensor) -> Tensor:
         """Measurement of a signal, leading dimensions kept."""
@@ -62,7 +73,7 @@ class CompositionMap(LinearMap):
     def double(self) -> CompositionMap:
         """Takes and gives float64; the user's operator still works in the dtype it had."""
         widened = _Widened(self.operator, self.dtype)
-        return CompositionMap(widened, self.inner.double(), self.operator_norm, torch.float64)
+        return CompositionMap(widened, self.inner.double(), self.operator_norm, self.dtype)
 
     def rounding(self) -> float:
         """That of the dtype which the user's operator works in."""
@@ -139,7 +150,7 @@ class Composition(Dictionary):
             )
         if not isinstance(dictionary, Dictionary):
             raise TypeError(
-                f"Expected a Dictionary, such as Dense(...), got {type(dictionary).__name__}."
+                f"Expected a Dictionary, such as Dense(...), got {kind_of(dictionary)}."
             )
         input_shape = check_shape(input_shape)
         if len(input_shape) != dictionary.signal_dims:
@@ -229,6 +240,15 @@ def operator_norm_bound(
     References:
         Dixon (1983), SIAM J. Numer. Anal. 20(4), 812-814; the tail of one coordinate of a random
         unit vector is that of Halko, Martinsson & Tropp (2011), SIAM Rev. 53(2), lemma 4.1.
+
+    Example:
+        >>> class Halved:
+        ...     def forward(self, signal):
+        ...         return signal / 2
+        ...     adjoint = forward
+        >>> bound = operator_norm_bound(Halved(), (16,), like=torch.zeros(1))
+        >>> 0.25 <= float(bound) < 0.27
+        True
     """
     check_sizes(num_probes=num_probes, num_steps=num_steps, input_shape=check_shape(input_shape))
     check_tensor("like", like)

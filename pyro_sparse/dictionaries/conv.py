@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from pyro_sparse.dictionaries.base import (
     Dictionary,
     LinearMap,
-    check_bound,
     check_shape,
     check_sizes,
     register_atoms,
@@ -33,6 +32,11 @@ class ConvMap(LinearMap):
         atoms: Shape ``(atoms, channels, *kernel)``, one to three kernel dimensions.
         stride: One per kernel dimension.
         boundary: What happens at the edges.
+
+    Example:
+        >>> echo = ConvMap(torch.tensor([[[1.0, 0.5]]]), stride=(1,), boundary=Interior())
+        >>> echo.forward(torch.tensor([[2.0, 0.0, 0.0]]))
+        tensor([[2., 1., 0., 0.]])
     """
 
     def __init__(self, atoms: Tensor, stride: tuple[int, ...], boundary: Boundary) -> None:
@@ -289,18 +293,17 @@ class Conv(Dictionary):
         register_atoms(self, atoms, unit_norm=unit_norm)
 
     def bind(self, atoms: Tensor | None = None) -> ConvMap:  # noqa: D102
-        own = self.atoms
-        bound = own if atoms is None else check_bound(atoms, own)
-        return ConvMap(bound, self.stride, self.boundary)
+        return ConvMap(self.bound_atoms(atoms), self.stride, self.boundary)
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
         signal_shape = check_shape(signal_shape)
         dims = self.signal_dims
         if len(signal_shape) < dims or signal_shape[-dims] != self.channels:
             sizes = ("length",) if dims == 2 else ("height", "width", "depth")[: dims - 1]
+            added = "y[None]" if len(signal_shape) < dims else "y[:, None]"
             raise ValueError(
                 f"Expected a signal of shape (..., channels={self.channels}, {', '.join(sizes)}), "
-                f"got {tuple(signal_shape)}. A single channel is a dimension too: y[:, None]."
+                f"got {tuple(signal_shape)}. A single channel is a dimension too: {added}."
             )
         positions: list[Any] = [
             self.boundary.num_positions(n, k, s)

@@ -10,7 +10,6 @@ from torch import Tensor
 from pyro_sparse.dictionaries.base import (
     Dictionary,
     LinearMap,
-    check_bound,
     check_shape,
     check_sizes,
     register_atoms,
@@ -24,6 +23,10 @@ class DenseMap(LinearMap):
     Args:
         atoms: Shape ``(atoms, features)``; or ``(*batch, atoms, features)``, one dictionary for
             each leading index, where ``batch`` broadcasts with the codes' leading dimensions.
+
+    Example:
+        >>> DenseMap(torch.tensor([[1.0, 1.0], [0.0, 2.0]])).forward(torch.tensor([3.0, 1.0]))
+        tensor([3., 5.])
     """
 
     def __init__(self, atoms: Tensor) -> None:
@@ -118,8 +121,7 @@ class Dense(Dictionary):
         register_atoms(self, atoms, unit_norm=unit_norm)
 
     def bind(self, atoms: Tensor | None = None) -> DenseMap:  # noqa: D102
-        own = self.atoms
-        return DenseMap(own if atoms is None else check_bound(atoms, own))
+        return DenseMap(self.bound_atoms(atoms))
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:  # noqa: D102
         signal_shape = check_shape(signal_shape)

@@ -42,6 +42,7 @@ from pyro_sparse.distributions.prox import (
     penalty,
     prox,
     register_conjugate,
+    register_penalty,
     register_prox,
     restrict,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "rate_statistic",
     "register_conjugate",
     "register_expected_log_prob",
+    "register_penalty",
     "register_prox",
     "register_rate_statistic",
     "restrict",

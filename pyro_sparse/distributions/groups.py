@@ -16,6 +16,7 @@ from pyro_sparse.distributions.prox import (
     Conjugate,
     penalty,
     register_conjugate,
+    register_penalty,
     register_prox,
     restrict,
 )
@@ -234,7 +235,7 @@ class GroupLaplace(TorchDistribution):
         return math.exp(math.lgamma(d / 2) - math.lgamma((d + 1) / 2)) / math.sqrt(math.pi)
 
 
-@penalty.register(GroupLaplace)
+@register_penalty(GroupLaplace)
 def _(prior: GroupLaplace, value: Tensor) -> Tensor:
     total = prior._sum(prior.rate * prior.lengths(value))
     if not prior.one_sided:

@@ -17,6 +17,7 @@ from pyro_sparse.distributions.prox import (
     penalty,
     prox,
     register_conjugate,
+    register_penalty,
     register_prox,
     restrict,
 )
@@ -209,7 +210,7 @@ def _as_mask(active: object) -> Tensor:
     return active.bool()
 
 
-@penalty.register(KnownSupport)
+@register_penalty(KnownSupport)
 def _(prior: KnownSupport, value: Tensor) -> Tensor:
     inside = penalty(prior.base_law, torch.where(prior.each, value, inner_value(prior.base_law)))
     return torch.where(prior.active, inside, -prior._outside(value))

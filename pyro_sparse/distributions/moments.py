@@ -26,7 +26,17 @@ INSTEAD = "Use SparseELBO(estimator=ImplicitMixed()), which draws the codes."
 
 
 class NotAffine(NotImplementedError):
-    """Raised where a program leaves what closed-form moments can follow; names the operation."""
+    """Raised where a program leaves what closed-form moments can follow; names the operation.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> codes = Moments.of(dist.Laplace(torch.zeros(3), 1.0).to_event(1), "codes")
+        >>> try:
+        ...     codes.tanh()
+        ... except NotAffine:
+        ...     print("no closed form: take a sampled estimator")
+        no closed form: take a sampled estimator
+    """
 
 
 class Carrier(Tensor):

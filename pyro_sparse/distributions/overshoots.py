@@ -311,9 +311,10 @@ class LaplaceOvershoot(Overshoot):
 
     def log_odds(self, other: Overshoot) -> Tensor:
         """Log of the ratio of the masses of two sides of one base."""
-        above, above_ = self._split()[0], other._split()[0]
-        apart = (self.loc.clamp(max=0) - other.loc.clamp(max=0)) / self.scale
-        return _log_cdf(above) - _log_cdf(above_) + apart
+        below, below_ = self.loc.clamp(max=0), other.loc.clamp(max=0)
+        # What is left, not clamp(min=0): at zero either clamp would pass the whole gradient.
+        above, above_ = (self.loc - below) / self.scale, (other.loc - below_) / self.scale
+        return _log_cdf(above) - _log_cdf(above_) + (below - below_) / self.scale
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density at ``value >= 0``."""

@@ -32,6 +32,13 @@ def check_prior(prior: Prior, *, has_rate: bool) -> None:
         TypeError: If it is neither a distribution nor a callable with a rate, or a rate is given
             for a distribution.
         ValueError: If a distribution holds a tensor that requires a gradient.
+
+    Example:
+        >>> check_prior(lambda rate: dist.Laplace(0.0, 1 / rate), has_rate=True)
+        >>> check_prior(0.1, has_rate=False)
+        Traceback (most recent call last):
+        ...
+        TypeError: Expected prior to be a distribution or a callable rate -> distribution, ...
     """
     if isinstance(prior, Law):
         if has_rate:
@@ -67,6 +74,13 @@ def check_rate(rate: object) -> None:
     Raises:
         TypeError: If it is neither numbers nor callable nor a distribution.
         ValueError: If it is a parameter.
+
+    Example:
+        >>> check_rate(2.0)
+        >>> check_rate(torch.ones(3, requires_grad=True))
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected a rate that is a constant or a module, got a parameter. ...
     """
     parameter = isinstance(rate, PyroParam) or (isinstance(rate, Tensor) and rate.requires_grad)
     if parameter:

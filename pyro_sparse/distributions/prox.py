@@ -6,14 +6,24 @@ They dispatch on the type of a distribution, as ``torch.distributions.kl_diverge
   all that an unrolled encoder needs;
 - ``conjugate(prior)``: the convex conjugate of that penalty, from which a duality gap is computed.
   It is needed for a certificate by ``solvers.solve``, and exists for convex penalties only;
+- ``penalty(prior, value)``: that penalty itself, with which a gap is computed. Of a type without a
+  form of its own it is the difference of two log-densities, and the type then needs ``mode``;
 - ``restrict(prior, codes)``: codes with zeros where the prior allows no others, for shrinkages
   that ask the prior for nothing else.
 
 A user adds a prior of their own::
 
-    @register_prox(MyPrior)
+    @register_prox(MyPrior)  # for an encoder
     def _(prior, value, step):
         return ...  # argmin_z  -step * prior.log_prob(z) + (z - value)**2 / 2
+
+    @register_conjugate(MyPrior)  # for a certificate
+    def _(prior):
+        return Conjugate(...)
+
+For a certificate the distribution also needs the property ``mode``, from which its penalty is
+measured, or a penalty of its own by ``register_penalty``. ``testing.check_prior(MyPrior(...))``
+compares all of them with the density by brute force.
 """
 
 from __future__ import annotations
@@ -137,8 +147,18 @@ def conjugate(prior: Any) -> Conjugate:
 def register_conjugate(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that registers ``function(prior) -> Conjugate`` for a distribution type.
 
-    The gap compares it with ``penalty``, which for a type of your own is the difference of two
-    log-densities; ``penalty.register`` takes a form without that rounding.
+    The gap compares it with ``penalty``, which for a type of your own is the difference of its
+    log-densities at ``mode`` and at the codes; ``register_penalty`` takes a form without that
+    rounding, and without a ``mode``.
+
+    Example:
+        >>> class SteepLaplace(dist.Laplace):
+        ...     pass
+        >>> @register_conjugate(SteepLaplace)
+        ... def _(prior):
+        ...     return Conjugate(-2 / prior.scale, 2 / prior.scale, torch.zeros_like)
+        >>> conjugate(SteepLaplace(0.0, 1.0)).upper
+        tensor(2.)
     """
     return conjugate.register(_checked(kind))
 
@@ -178,7 +198,8 @@ def penalty(prior: Any, value: Tensor) -> Tensor:
     """What a prior adds to the objective: ``log p(mode) - log p(value)``, shape of ``log_prob``.
 
     Of the priors here it is written without that difference, which loses a small penalty (data in
-    small units) in the rounding of two large log-densities, and a duality gap with it.
+    small units) in the rounding of two large log-densities, and a duality gap with it. A prior of
+    your own needs the property ``mode``, or a form of its own by ``register_penalty``.
 
     Example:
         >>> penalty(dist.Laplace(0.0, 0.5), torch.tensor([0.0, 1.0]))
@@ -189,7 +210,25 @@ def penalty(prior: Any, value: Tensor) -> Tensor:
     return prior.log_prob(prior.mode) - prior.log_prob(value)
 
 
-@penalty.register(dist.Laplace)
+def register_penalty(kind: type) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator that registers ``function(prior, value)`` as the penalty of a distribution type.
+
+    It is ``-log p(value)`` up to the constant that makes it zero at the mode, infinite outside of
+    the support, in the shape of ``log_prob``.
+
+    Example:
+        >>> class Tiny(dist.Laplace):
+        ...     pass
+        >>> @register_penalty(Tiny)
+        ... def _(prior, value):
+        ...     return value.abs() / prior.scale
+        >>> penalty(Tiny(0.0, 1e-8), torch.tensor(1e-8))
+        tensor(1.)
+    """
+    return penalty.register(_checked(kind))
+
+
+@register_penalty(dist.Laplace)
 def _(prior: dist.Laplace, value: Tensor) -> Tensor:
     return (value - prior.loc).abs() / prior.scale
 
@@ -205,7 +244,7 @@ def _(prior: dist.Laplace) -> Conjugate:
     return Conjugate(-rate, rate, lambda slope: slope * prior.loc)
 
 
-@penalty.register(dist.Exponential)
+@register_penalty(dist.Exponential)
 def _(prior: dist.Exponential, value: Tensor) -> Tensor:
     return torch.where(value < 0, torch.inf, prior.rate * value)
 
@@ -220,7 +259,7 @@ def _(prior: dist.Exponential) -> Conjugate:
     return Conjugate(torch.full_like(prior.rate, -torch.inf), prior.rate, torch.zeros_like)
 
 
-@penalty.register(dist.Normal)
+@register_penalty(dist.Normal)
 def _(prior: dist.Normal, value: Tensor) -> Tensor:
     return ((value - prior.loc) / prior.scale).square() / 2
 
@@ -271,12 +310,12 @@ for _wrapper in (torch.distributions.Independent, ExpandedDistribution):
     _look_through(_wrapper)
 
 
-@penalty.register(ExpandedDistribution)
+@register_penalty(ExpandedDistribution)
 def _(prior: Any, value: Tensor) -> Tensor:
     return penalty(prior.base_dist, value)
 
 
-@penalty.register(torch.distributions.Independent)
+@register_penalty(torch.distributions.Independent)
 def _(prior: Any, value: Tensor) -> Tensor:
     terms = penalty(prior.base_dist, value)
     dims = prior.reinterpreted_batch_ndims

@@ -114,6 +114,10 @@ class RateStatistic(NamedTuple):
             that the law's rate is the rate it learns, and not its square or its double.
         power: :math:`a`, a number or broadcastable to the codes: 1 for Laplace and exponential.
         value: :math:`t(z) \ge 0` of every code, shape of the codes.
+
+    Example:
+        >>> rate_statistic(dist.Laplace(0.0, 0.5), torch.tensor([1.0, -3.0]))
+        RateStatistic(rate=tensor(2.), power=1.0, value=tensor([1., 3.]))
     """
 
     rate: Tensor

@@ -15,6 +15,7 @@ from pyro_sparse.distributions.prox import (
     Conjugate,
     penalty,
     register_conjugate,
+    register_penalty,
     register_prox,
     restrict,
 )
@@ -207,7 +208,7 @@ class SignedLaplace(TorchDistribution):
         return self.rate.log() - math.log(2) * (1 - self.signs.abs())
 
 
-@penalty.register(SignedLaplace)
+@register_penalty(SignedLaplace)
 def _(prior: SignedLaplace, value: Tensor) -> Tensor:
     return torch.where(value * prior.signs < 0, torch.inf, prior.rate * value.abs())
 

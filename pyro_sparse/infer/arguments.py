@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 
 from pyro_sparse.infer.callbacks import Callback
 from pyro_sparse.infer.checkpoints import Checkpoints
 from pyro_sparse.infer.guard import Guard
 from pyro_sparse.infer.history import EarlyStopping
 from pyro_sparse.infer.phases import Phase
+from pyro_sparse.ops import kind_of
 
 
 def check_kinds(
@@ -47,6 +49,9 @@ def check_kinds(
     for name, value in makers.items():
         if value is not None and not callable(value):
             _refuse(name, "something to call, such as torch.optim.Adam or Trace_ELBO()", value)
+    loss = makers["loss"]
+    if isinstance(loss, type) and issubclass(loss, ELBO):
+        raise TypeError(f"Expected loss to be an objective, got {kind_of(loss)}.")
     if device is not None:
         try:
             torch.device(device)

@@ -16,6 +16,14 @@ class Bound:
     Attributes:
         weighted: What a term is. True: the log-weight :math:`\log p(y, z_j) - \log q(z_j)`, by
             true mixed densities. False: :math:`\log p(y \mid z_j)` minus the analytic KL.
+
+    Example:
+        >>> class Median(Bound):
+        ...     weighted = False
+        ...     def __call__(self, terms):
+        ...         return terms.median(0).values
+        >>> Median()(torch.tensor([[-2.0], [-9.0], [-3.0]]))
+        tensor([-3.])
     """
 
     weighted: bool

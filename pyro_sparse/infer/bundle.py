@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.utils import parametrize
 
 from pyro_sparse.infer.storage import read_folder, write_folder
@@ -76,7 +77,8 @@ def register_savable(
         name: What a file calls it; its ``__name__`` by default. Files of old carry it on.
         arguments: From an object to the arguments that make its like: None, bool, int, float, str,
             tensors, registered objects, and lists, tuples and dicts of these. By default the
-            attributes with the names of the constructor's parameters.
+            attributes with the names of the constructor's parameters (of a distribution, but for
+            ``validate_args``).
         build: What to call with them; the class by default.
 
     Returns:
@@ -183,6 +185,14 @@ def load(
         FileNotFoundError: If there is no such folder.
         ValueError: If a file is damaged or not as it must be, a class is not registered, or a class
             refuses its arguments or weights; says what was expected and what came.
+
+    Example:
+        >>> import tempfile
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     save(parent + "/run", dictionary=Dense(num_atoms=4, num_features=3))
+        ...     load(parent + "/run")["dictionary"].atoms.shape
+        torch.Size([4, 3])
     """
     file = str(Path(folder) / "record.json")
     groups, record = read_folder(folder, finite=finite, max_bytes=max_bytes, max_record=_MAX_RECORD)
@@ -411,6 +421,8 @@ def _attributes(cls: type) -> Callable[[Any], dict[str, Any]]:
     """The attributes of an object that have the names of its constructor's parameters."""
     init = cls.__init__  # type: ignore[misc]
     parameters = [] if init is object.__init__ else list(inspect.signature(init).parameters)[1:]
+    if issubclass(cls, Distribution):  # the switch that all laws have, and none keeps by that name
+        parameters = [name for name in parameters if name != "validate_args"]
 
     def arguments(value: Any) -> dict[str, Any]:
         missing = [name for name in parameters if not hasattr(value, name)]

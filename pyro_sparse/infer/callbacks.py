@@ -23,6 +23,13 @@ class Progress:
         epoch: Epoch of this step, from 1.
         phase: Phase of this step, from 0.
         loss: Objective of this step, in nats per datum.
+
+    Example:
+        >>> import torch
+        >>> y = torch.zeros(5, 3)
+        >>> now = Progress(None, None, y, None, num_data=20, step=8, epoch=2, phase=0, loss=1.25)
+        >>> print(f"step {now.step}: {now.loss:.2f} nats per datum")
+        step 8: 1.25 nats per datum
     """
 
     model: Callable[..., Any]
@@ -41,6 +48,12 @@ class Callback:
 
     It may change parameters in place. What it remembers from step to step belongs into
     ``state_dict``, or a resumed training would not equal an uninterrupted one.
+
+    Example:
+        >>> class Report(Callback):
+        ...     def after_epoch(self, progress):
+        ...         print(f"epoch {progress.epoch}: {progress.loss:.2f} nats per datum")
+        >>> callbacks = [Report()]  # for infer.fit(..., callbacks=callbacks)
     """
 
     def after_step(self, progress: Progress) -> None:

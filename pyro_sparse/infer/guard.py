@@ -31,6 +31,10 @@ class Fault:
         step: Number of the step, from 1.
         epoch: Number of the epoch, from 1.
         where: Which minibatch.
+
+    Example:
+        >>> print(Fault("gradient", ("dictionary.atoms",), step=12, epoch=1, where="minibatch 12"))
+        gradient not finite (dictionary.atoms) at step 12, epoch 1, minibatch 12
     """
 
     kind: str
@@ -65,7 +69,15 @@ class Guard:
 
 
 class Stop(Guard):
-    """End the training with an error that names the fault."""
+    """End the training with an error that names the fault.
+
+    Example:
+        >>> fault = Fault("gradient", ("dictionary.atoms",), step=12, epoch=1, where="minibatch 12")
+        >>> Stop().answer(fault, [])
+        Traceback (most recent call last):
+        ...
+        FloatingPointError: Expected finite numbers: gradient not finite (dictionary.atoms) ...
+    """
 
     def answer(self, fault: Fault, optimizers: list[torch.optim.Optimizer]) -> None:  # noqa: D102
         raise FloatingPointError(
@@ -84,6 +96,13 @@ class RollBack(Guard):
 
     Raises:
         ValueError: If a number is out of its range.
+
+    Example:
+        >>> fault = Fault("gradient", ("dictionary.atoms",), step=12, epoch=1, where="minibatch 12")
+        >>> optimizer = torch.optim.SGD([torch.ones(1)], lr=0.1)
+        >>> RollBack(factor=0.5).answer(fault, [optimizer])
+        >>> optimizer.param_groups[0]["lr"]
+        0.05
     """
 
     def __init__(self, *, factor: float = 0.5, limit: int = 10) -> None:

@@ -33,6 +33,16 @@ class History:
     skipped: int = 0
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """A line: thousands of numbers at the end of a notebook's cell tell nobody anything."""
+        steps, epochs = len(self.step_loss), len(self.epoch_loss)
+        loss = ""
+        if epochs:
+            loss = f", {self.epoch_loss[0]:.4g} -> {self.epoch_loss[-1]:.4g} nats per datum"
+        rest = f", {len(self.faults)} faults" if self.faults else ""
+        rest += f", {self.skipped} skipped" if self.skipped else ""
+        return f"History({epochs} epochs, {steps} steps{loss}{rest}, {self.seconds:.1f} s)"
+
 
 @dataclass(frozen=True)
 class EarlyStopping:
@@ -44,6 +54,10 @@ class EarlyStopping:
         data: Validation data, shape ``(n, *signal_shape)``; without them the training loss counts.
         mask: True where a validation sample was observed.
         given: What else is known of the validation data, as in ``fit``.
+
+    Example:
+        >>> EarlyStopping(patience=5, min_delta=0.01).patience  # for fit(..., early_stopping=)
+        5
     """
 
     patience: int

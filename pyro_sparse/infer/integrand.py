@@ -283,7 +283,8 @@ class _Drawing(Messenger):
                 return
             raise NotImplementedError(
                 f"Expected a guide of latent sites, got the observed or factor site {name!r}. Give "
-                "it to the model, or use Trace_ELBO."
+                "it to the model, or use Trace_ELBO. (Or is the guide the first argument, and the "
+                "model the second?)"
             )
         plates = plates_of(msg["cond_indep_stack"])
         # What stands outside all plates is shared by all data: drawn once a step.

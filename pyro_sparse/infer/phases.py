@@ -35,6 +35,12 @@ class Update:
         train: Modules and parameters that move; None for all of both programs.
         schedule: Makes the learning-rate schedule, stepped after every epoch.
         schedule_per_step: Step the schedule after every minibatch instead.
+
+    Example:
+        >>> from functools import partial
+        >>> update = Update(optimizer=partial(torch.optim.SGD, lr=0.1))
+        >>> len(update.parameters(nn.Linear(3, 2)))  # weight and bias
+        2
     """
 
     loss: Objective = field(default_factory=SparseELBO)
@@ -78,6 +84,13 @@ class Phase:
     Attributes:
         epochs: Passes over the data, ``>= 1``.
         updates: At least one.
+
+    Example:
+        >>> from functools import partial
+        >>> slower = Update(optimizer=partial(torch.optim.Adam, lr=1e-4))
+        >>> recipe = [Phase(20), Phase(5, [slower])]  # for fit(..., phases=recipe)
+        >>> sum(phase.epochs for phase in recipe)
+        25
     """
 
     epochs: int
@@ -96,9 +109,15 @@ def build(update: Update, objective: nn.Module) -> tuple[torch.optim.Optimizer, 
     """Optimiser and schedule of an update.
 
     Raises:
+        TypeError: If no optimiser of torch was made.
         ValueError: If a learning rate is not positive.
     """
     optimizer = update.optimizer(update.parameters(objective))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"Expected optimizer to make a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+            "Write functools.partial(torch.optim.Adam, lr=1e-2); pyro.optim is for pyro.infer.SVI."
+        )
     rates: list[Any] = [group.get("lr") for group in optimizer.param_groups]
     if any(rate is not None and not rate > 0 for rate in rates):
         raise ValueError(f"Expected learning rates > 0, got {rates}.")

@@ -45,6 +45,7 @@ from pyro_sparse.solvers import (
     Bias,
     Fixed,
     HardThreshold,
+    NonMaximumSuppression,
     PowerIteration,
     Proximal,
     TopK,
@@ -229,6 +230,7 @@ def _register_all() -> None:
         },
     )
     register_savable(TopK, name=place + "TopK")
+    register_savable(NonMaximumSuppression, name=place + "NonMaximumSuppression")
     place = "pyro_sparse.likelihoods."
     for likelihood in (Poisson, Bernoulli, Exponential):
         register_savable(likelihood, name=place + likelihood.__name__, arguments=lambda _: {})

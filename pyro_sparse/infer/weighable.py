@@ -16,6 +16,10 @@ from pyro_sparse.infer.numbers import check_whole
 PLATE_OF_DRAWS = "_pyro_sparse_draws"
 
 
+class PointEstimate(ValueError):
+    """Raised where a guide has no density at a latent site, and so no weights."""
+
+
 def plates_of(site: Any) -> list[Any]:
     """Plates of a site from left to right, but for that of the draws."""
     frames = (f for f in site["cond_indep_stack"] if f.vectorized and f.name != PLATE_OF_DRAWS)
@@ -118,7 +122,7 @@ def check_points(of_guide: dict[str, Any], of_model: dict[str, Any], plate: str)
         return
     size = {name: _free_size(site, of_model.get(name)) for name, site in points.items()}
     if sum(size.values()) > sum(site["value"].numel() for site in sources.values()):
-        raise ValueError(
+        raise PointEstimate(
             f"Expected a guide with a density at every latent site, got the point estimate of a "
             f"Delta at {sorted(points)}: it has no weights, and no k-hat. Read point estimates "
             "with solvers.solve, or train a guide with spread, such as guides.Thresholded or an "

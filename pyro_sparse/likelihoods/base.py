@@ -88,12 +88,25 @@ class Likelihood(nn.Module):
         )
 
     def loss(self, predictor: Tensor, y: Tensor) -> Tensor:
-        r"""Half the deviance: :math:`\max_\eta \log p(y \mid \eta) - \log p(y \mid \eta)`."""
-        raise NotImplementedError
+        r"""Half the deviance: :math:`\max_\eta \log p(y \mid \eta) - \log p(y \mid \eta)`.
+
+        Raises:
+            NotImplementedError: If the family does not say.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not state its `loss`, which solvers.solve certifies codes "
+            "and searches for steps with. With a bound of the curvature, tol=None does without."
+        )
 
     def dual(self, score: Tensor, y: Tensor) -> Tensor:
         r"""Lower bound that a score :math:`\nu` gives: :math:`\inf_\eta \ell(\eta) + \nu \eta`.
 
         Minus the conjugate of ``loss`` at :math:`-\nu`, elementwise; ``-inf`` where infeasible.
+
+        Raises:
+            NotImplementedError: If the family does not say.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} does not state its `dual`, from which solvers.solve certifies "
+            "codes. Call it with tol=None to run a fixed number of steps without a certificate."
+        )

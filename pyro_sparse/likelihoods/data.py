@@ -46,7 +46,9 @@ def check_data(
     """
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"Expected y to be a floating tensor, got {kind}. Try y.float().")
+        raise TypeError(
+            f"Expected y to be a floating tensor, got {kind}. Try torch.as_tensor(y).float()."
+        )
     if y.layout != torch.strided:
         raise TypeError(f"Expected y to be dense, got {y.layout}. Try y.to_dense().")
     if like is not None and y.dtype != like.dtype:
@@ -91,6 +93,11 @@ def check_mask(y: Tensor, mask: Tensor) -> Tensor:
     Raises:
         TypeError: If it is not a boolean tensor.
         ValueError: If it does not broadcast to ``y``.
+
+    Example:
+        >>> check_mask(torch.zeros(2, 3), torch.tensor([True, False, True]))
+        tensor([[ True, False,  True],
+                [ True, False,  True]])
     """
     if not isinstance(y, Tensor):
         raise TypeError(f"Expected y to be a tensor, got {type(y).__name__}.")

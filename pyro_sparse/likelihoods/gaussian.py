@@ -74,6 +74,10 @@ class Gaussian(Likelihood):
             else:
                 self.scale.copy_(value)
 
+    def extra_repr(self) -> str:  # noqa: D102
+        scale = self.scale.detach()
+        return f"scale={scale.item():.4g}" if scale.dim() == 0 else f"scale={tuple(scale.shape)}"
+
     def forward(self, predictor: Tensor) -> dist.Normal:  # noqa: D102
         check_tensor("predictor", predictor)
         scale = self.scale

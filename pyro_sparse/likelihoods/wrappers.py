@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_sparse.likelihoods.base import Likelihood
 from pyro_sparse.likelihoods.values import check_parameter
-from pyro_sparse.ops import check_tensor
+from pyro_sparse.ops import check_tensor, kind_of
 
 
 class Offset(Likelihood):
@@ -167,6 +167,4 @@ class Stabilised(Likelihood):
 
 def _check_likelihood(likelihood: object) -> None:
     if not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            f"Expected a Likelihood, such as Poisson(), got {type(likelihood).__name__}."
-        )
+        raise TypeError(f"Expected a Likelihood, such as Poisson(), got {kind_of(likelihood)}.")

@@ -11,7 +11,14 @@ from pyro_sparse.solvers.gradients import (
 )
 from pyro_sparse.solvers.methods import FISTA, ISTA, Method, State
 from pyro_sparse.solvers.problem import Problem
-from pyro_sparse.solvers.shrinkage import Bias, HardThreshold, Proximal, Shrinkage, TopK
+from pyro_sparse.solvers.shrinkage import (
+    Bias,
+    HardThreshold,
+    NonMaximumSuppression,
+    Proximal,
+    Shrinkage,
+    TopK,
+)
 from pyro_sparse.solvers.solve import Solution, solve
 from pyro_sparse.solvers.steps import Backtracking, Fixed, PowerIteration, StepSize
 from pyro_sparse.solvers.unrolled import Unrolled
@@ -29,6 +36,7 @@ __all__ = [
     "Implicit",
     "MeanField",
     "Method",
+    "NonMaximumSuppression",
     "PowerIteration",
     "Problem",
     "Proximal",

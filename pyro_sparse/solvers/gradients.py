@@ -63,15 +63,33 @@ class Layers(Protocol):
 
 
 class Gradient:
-    """Declares how much of an encoder is differentiated."""
+    """Declares how much of an encoder is differentiated.
+
+    Example:
+        >>> class AtMostTen(Gradient):
+        ...     def codes(self, layers):
+        ...         return Truncated(10).codes(layers)
+        >>> from pyro_sparse import infer
+        >>> loss = infer.Differentiated(infer.SparseELBO(), AtMostTen())  # for infer.fit
+    """
 
     def codes(self, layers: Layers) -> Tensor:
         """Run the layers; the codes depend on the parameters as far as this says."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
 
 class BackPropagation(Gradient):
-    """Through all layers: the exact gradient of the network. Memory grows with its depth."""
+    """Through all layers: the exact gradient of the network. Memory grows with its depth.
+
+    Example:
+        >>> with differentiated(BackPropagation()):
+        ...     current_gradient()
+        BackPropagation()
+    """
 
     def codes(self, layers: Layers) -> Tensor:  # noqa: D102
         return _run(layers, layers.start(), 0, layers.num_steps)
@@ -82,6 +100,10 @@ class Detached(Gradient):
 
     This is alternating minimisation. At converged MAP codes, and with their penalty in the
     objective, it is the exact gradient (Danskin's theorem).
+
+    Example:
+        >>> from pyro_sparse import infer
+        >>> loss = infer.Differentiated(infer.SparseELBO(), Detached())  # for infer.fit
     """
 
     def codes(self, layers: Layers) -> Tensor:  # noqa: D102
@@ -104,6 +126,10 @@ class Truncated(Gradient):
     References:
         Williams & Peng (1990), Neural Comput. 2(4); one step: Bolte, Pauwels & Vaiter (2023),
         NeurIPS 36.
+
+    Example:
+        >>> from pyro_sparse import infer
+        >>> loss = infer.Differentiated(infer.SparseELBO(), Truncated(3))  # for infer.fit
     """
 
     def __init__(self, num_steps: int) -> None:
@@ -145,6 +171,10 @@ class Implicit(Gradient):
     References:
         Agrawal, Amos, Barratt, Boyd, Diamond & Kolter (2019), NeurIPS 32; for sparse codes:
         Bertrand, Klopfenstein, Massias et al. (2022), JMLR 23(149).
+
+    Example:
+        >>> from pyro_sparse import infer
+        >>> loss = infer.Differentiated(infer.Reconstruction(), Implicit(tol=1e-3))
     """
 
     def __init__(self, *, tol: float = 1e-4, max_steps: int = 100) -> None:
@@ -226,6 +256,17 @@ def differentiated(gradient: Gradient) -> Iterator[None]:
 
     Raises:
         TypeError: If ``gradient`` is no ``Gradient``.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> from pyro_sparse.likelihoods import Gaussian
+        >>> from pyro_sparse.solvers import Unrolled
+        >>> encoder = Unrolled(Dense(8, 5), Gaussian(1.0), num_steps=3)
+        >>> law = dist.Laplace(0.0, 1.0).expand([8]).to_event(1)
+        >>> with differentiated(Detached()):
+        ...     encoder(torch.randn(2, 5), law).requires_grad
+        False
     """
     check_gradient(gradient)
     token = _CURRENT.set(gradient)

@@ -21,6 +21,10 @@ class State(NamedTuple):
         codes: The iterate, after its proximal step; None before the first.
         point: Where the next proximal step starts from; None for zero.
         momentum: FISTA's sequence ``t``; a number, or one for each datum, broadcastable to codes.
+
+    Example:
+        >>> State(torch.ones(2), torch.ones(2), momentum=1.0).map(lambda codes: codes[:1])
+        State(codes=tensor([1.]), point=tensor([1.]), momentum=1.0)
     """
 
     codes: Tensor | None
@@ -36,7 +40,16 @@ class State(NamedTuple):
 
 
 class Method:
-    """Declares how a sequence of proximal steps is continued."""
+    """Declares how a sequence of proximal steps is continued.
+
+    Example:
+        >>> class Damped(Method):
+        ...     def advance(self, state, codes, code_dims):
+        ...         before = torch.zeros_like(codes) if state.codes is None else state.codes
+        ...         return State(codes, (codes + before) / 2, 1.0)
+        >>> Damped().advance(Damped().start(), torch.tensor([2.0]), code_dims=1).point
+        tensor([1.])
+    """
 
     def start(self, codes: Tensor | None = None) -> State:
         """State before the first step, at ``codes`` or at zero."""
@@ -46,12 +59,20 @@ class Method:
         """State after a proximal step from ``state.point`` gave ``codes``."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
 
 class ISTA(Method):
     """Iterative shrinkage: each step starts where the last one ended.
 
     References:
         Daubechies, Defrise & De Mol (2004), Comm. Pure Appl. Math. 57(11).
+
+    Example:
+        >>> method = ISTA()
+        >>> method.advance(method.start(), torch.tensor([1.0]), code_dims=1).point
+        tensor([1.])
     """
 
     def advance(self, state: State, codes: Tensor, code_dims: int) -> State:  # noqa: D102
@@ -72,6 +93,12 @@ class FISTA(Method):
     References:
         Beck & Teboulle (2009), SIAM J. Imaging Sci. 2(1), eqs. (4.1)-(4.3); restart: O'Donoghue &
         Candes (2015), Found. Comput. Math. 15, eq. (13).
+
+    Example:
+        >>> method = FISTA()
+        >>> state = method.advance(method.start(), torch.tensor([1.0]), code_dims=1)
+        >>> method.advance(state, torch.tensor([1.5]), code_dims=1).point  # ahead of the codes
+        tensor([1.6409])
     """
 
     def __init__(self, *, restart: bool = False) -> None:

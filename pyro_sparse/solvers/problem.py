@@ -25,6 +25,19 @@ class Problem:
         law: Prior of one datum's codes; event shape is the codes' shape.
         signal_dims: Trailing dimensions of one datum.
         mask: True where a sample was observed, broadcastable to ``y``; None for all.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> from pyro_sparse.likelihoods import Gaussian
+        >>> identity = Dense(2, 2, atoms=torch.eye(2)).bind()
+        >>> law = dist.Laplace(0.0, 1.0).expand([2]).to_event(1)
+        >>> y = torch.tensor([3.0, 0.5])
+        >>> problem = Problem(y, identity, identity, Gaussian(1.0), law, signal_dims=1)
+        >>> with torch.no_grad():
+        ...     codes = problem.proximal_step(None, torch.tensor(1.0))
+        ...     codes, problem.objective(codes) - problem.dual_objective(codes)
+        (tensor([2., 0.]), tensor(0.))
     """
 
     y: Tensor

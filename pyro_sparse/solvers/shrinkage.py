@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,13 @@ class Shrinkage(nn.Module):
     Attributes:
         keeps_support: Whether codes have by themselves the signs and the support that the prior
             allows. Of others the encoder makes zeros where there may be none.
+
+    Example:
+        >>> class Quarter(Shrinkage):
+        ...     def forward(self, law, value, step, layer, num_layers):
+        ...         return torch.where(value.abs() > 0.25, value, 0.0)
+        >>> Quarter()(None, torch.tensor([3.0, -0.1]), torch.tensor(1.0), 0, 1)
+        tensor([3., 0.])
     """
 
     keeps_support: bool = False
@@ -270,6 +277,103 @@ class TopK(Shrinkage):
 
     def check(self, dictionary: Dictionary) -> None:  # noqa: D102
         self.inner.check(dictionary)
+
+
+class NonMaximumSuppression(Shrinkage):
+    r"""Another shrinkage, of whose codes only those that are largest around them are kept.
+
+    .. math:: z_{kt} = \begin{cases} v_{kt} & |v_{kt}| \ge |v_{ku}| \text{ for all } u \text{
+        with } |u_d - t_d| \le \text{gap}_d \\ 0 & \text{else} \end{cases}
+
+    with :math:`v` the codes of the inner shrinkage and :math:`t` their positions; every atom is
+    looked at by itself. Neighbouring positions of a smooth atom explain the same samples, and a
+    proximal step lets them share one event. Here an event has one code, and no other code of its
+    atom is within ``gap`` of it: the refractory period of a neuron. Codes that are dropped are zero
+    and get no gradient.
+
+    It is a device of encoders. No penalty has it as its proximal step, so there is nothing that a
+    duality gap could certify, and ``solvers.solve`` does not take it.
+
+    Args:
+        inner: What comes first, such as ``Proximal()``.
+        gap: Positions on either side, ``>= 0``: a number, or one for each dimension of positions.
+            Of equal magnitudes that near each other the first is kept.
+
+    Raises:
+        TypeError: If ``inner`` is no shrinkage.
+        ValueError: If ``gap`` is not whole numbers of at least zero; and when an encoder is made,
+            if its codes have no positions, as those of a dense dictionary, or another number of
+            their dimensions.
+
+    References:
+        Neubeck & Van Gool (2006), ICPR, Efficient non-maximum suppression: the same maxima, of
+        pictures.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> law = dist.Laplace(0.0, 1.0).expand([1, 5]).to_event(2)
+        >>> values = torch.tensor([[3.0, -4.0, 0.0, 2.0, 1.5]])
+        >>> NonMaximumSuppression(Proximal(), gap=1)(law, values, torch.tensor(1.0), 0, 1)
+        tensor([[ 0., -3.,  0.,  1.,  0.]])
+    """
+
+    keeps_support = True
+
+    def __init__(self, inner: Shrinkage, gap: int | tuple[int, ...]) -> None:
+        super().__init__()
+        if not isinstance(inner, Shrinkage):
+            raise TypeError(f"Expected inner to be a Shrinkage, such as Proximal(), got {inner!r}.")
+        gaps = gap if isinstance(gap, tuple) else (gap,)
+        whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in gaps)
+        if not whole or not gaps:
+            raise ValueError(
+                "Expected gap to be a whole number >= 0, or a tuple of them, one for each "
+                f"dimension of positions, got {gap!r}."
+            )
+        self.inner = inner
+        self.gap = gap
+
+    def forward(  # noqa: D102
+        self, law: Law, value: Tensor, step: Tensor, layer: int, num_layers: int
+    ) -> Tensor:
+        codes = self.inner.allowed(law, value, step, layer, num_layers)
+        gaps = self._gaps(len(law.event_shape) - 1)
+        size = codes.detach().abs()
+        kept = size == _largest(size, gaps)
+        # Of neighbours alike the first; in float64 every whole number up to 2^53 is one.
+        positions = codes.shape[codes.dim() - len(gaps) :]
+        order = torch.arange(positions.numel(), 0, -1, dtype=torch.float64, device=codes.device)
+        rank = torch.where(kept, order.reshape(positions), 0.0)
+        kept = kept & (rank == _largest(rank, gaps))
+        return torch.where(kept, codes, torch.zeros_like(codes))
+
+    def check(self, dictionary: Dictionary) -> None:  # noqa: D102
+        self._gaps(dictionary.code_dims - 1)
+        self.inner.check(dictionary)
+
+    def _gaps(self, dims: int) -> tuple[int, ...]:
+        """One gap for each dimension of positions."""
+        if dims == 0:
+            raise ValueError(
+                "Expected codes with positions, (atoms, *positions), for a gap between them; those "
+                "of a dense dictionary have none. Use Conv, or TopK, which has no gap."
+            )
+        gaps = self.gap if isinstance(self.gap, tuple) else (self.gap,) * dims
+        if len(gaps) != dims:
+            raise ValueError(
+                f"Expected gap for {dims} dimensions of positions, got {self.gap}, {len(gaps)}."
+            )
+        return gaps
+
+
+def _largest(size: Tensor, gaps: tuple[int, ...]) -> Tensor:
+    """Largest value around each position, in a box: one dimension after the other."""
+    for dim, gap in enumerate(gaps, start=-len(gaps)):
+        rows = size.movedim(dim, -1)
+        flat = rows.reshape(-1, 1, rows.shape[-1])
+        flat = nn.functional.max_pool1d(flat, 2 * gap + 1, 1, gap)
+        size = flat.reshape(rows.shape).movedim(-1, dim)
+    return size
 
 
 def _by_atom(values: Tensor, law: Law) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Prior, check_prior, codes_prior, conjugate, prox
 from pyro_sparse.likelihoods import Gaussian, Likelihood, check_mask
-from pyro_sparse.ops import check_tensor
+from pyro_sparse.ops import check_tensor, kind_of
 from pyro_sparse.solvers.methods import FISTA, Method
 from pyro_sparse.solvers.problem import Problem
 from pyro_sparse.solvers.steps import Backtracking, StepSize
@@ -34,6 +34,13 @@ class Solution(NamedTuple):
             most this fraction above the minimum. ``nan`` if none was asked for.
         num_steps: Steps taken for each datum, shape ``(...)``.
         converged: Whether ``gap <= tol``, shape ``(...)``.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> solution = solve(torch.randn(4, 3), Dense(6, 3), dist.Laplace(0.0, 1.0))
+        >>> solution.codes.shape, solution.converged
+        (torch.Size([4, 6]), tensor([True, True, True, True]))
     """
 
     codes: Tensor
@@ -109,7 +116,9 @@ def solve(
         raise ValueError(f"Expected tol > 0 (or None), max_steps >= 1; got {tol}, {max_steps}.")
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"Expected y to be a floating tensor, got {kind}. Try y.float().")
+        raise TypeError(
+            f"Expected y to be a floating tensor, got {kind}. Try torch.as_tensor(y).float()."
+        )
     check_tensor("y", y)
     expected = dictionary.like.dtype
     if expected != y.dtype:
@@ -153,13 +162,9 @@ def _check_kinds(
     dictionary: object, likelihood: object, method: object, tol: object, max_steps: object
 ) -> None:
     if not isinstance(dictionary, Dictionary):
-        raise TypeError(
-            f"Expected a Dictionary, such as Dense(...), got {type(dictionary).__name__}."
-        )
+        raise TypeError(f"Expected a Dictionary, such as Dense(...), got {kind_of(dictionary)}.")
     if not isinstance(likelihood, Likelihood | None):
-        raise TypeError(
-            f"Expected a Likelihood, such as Gaussian(...), got {type(likelihood).__name__}."
-        )
+        raise TypeError(f"Expected a Likelihood, such as Gaussian(...), got {kind_of(likelihood)}.")
     if not isinstance(method, Method | None):
         raise TypeError(f"Expected method to be FISTA() or ISTA(), got {method!r}.")
     if not isinstance(tol, Real | None) or not isinstance(max_steps, Integral):
@@ -184,12 +189,22 @@ def _check_certifiable(problem: Problem, tol: float) -> None:
 def _check_order(primal: Tensor, dual: Tensor, problem: Problem) -> None:
     """Refuse a lower bound above what it bounds, beyond rounding."""
     slack = 1e3 * problem.synthesis.rounding() * (primal.abs() + dual.abs())
-    if bool((dual > primal + slack).any()):
+    above = dual - primal - slack
+    if bool((above > 0).any()):
+        worst = int(above.argmax())
         raise ValueError(
             "Expected the dual objective to lie below the primal one, got "
-            f"{dual.max().item():.6g} above {primal.min().item():.6g}: the registered conjugate of "
-            f"{type(problem.law).__name__} (or of its base) does not belong to its penalty."
+            f"{dual[worst].item():.6g} above {primal[worst].item():.6g} for a datum: the "
+            f"registered conjugate of {_name(problem.law)} does not belong to its penalty, or the "
+            f"dual of {type(problem.likelihood).__name__} to its loss, which "
+            "testing.check_likelihood can tell."
         )
+
+
+def _name(law: object) -> str:
+    """Of the distribution below its wrappers."""
+    base = getattr(law, "base_dist", None)
+    return type(law).__name__ if base is None else _name(base)
 
 
 def _iterate(
@@ -210,7 +225,7 @@ def _iterate(
     num_steps = torch.zeros(size, dtype=torch.long, device=y.device)
     left = torch.arange(size, device=y.device)
     state = method.start(start)
-    exact = problem.double()
+    exact = problem if tol is None else problem.double()  # not asked for without a certificate
     count = 0
     while count < max_steps and len(left):
         until = min(max_steps, count + (max_steps if tol is None else CHECK_EVERY))

@@ -38,6 +38,14 @@ class StepSize:
     """Declares how long a step is, for each datum apart and for all its codes together.
 
     A step size is not differentiated.
+
+    Example:
+        >>> class Half(StepSize):
+        ...     def __init__(self, inner):
+        ...         self.inner = inner
+        ...     def first(self, smooth):
+        ...         return self.inner.first(smooth) / 2
+        >>> step = Half(PowerIteration())  # for guides.AutoUnrolled(model, step=step)
     """
 
     def first(self, smooth: Smooth) -> Tensor:

@@ -37,8 +37,9 @@ class Unrolled(nn.Module):
         likelihood: Gives the residual and the curvature.
         num_steps: Number of layers, ``>= 1``.
         method: ``FISTA()`` or ``ISTA()``; default FISTA.
-        shrinkage: ``Proximal(...)``, ``HardThreshold(...)``, ``Bias(...)``, ``TopK(...)``; by
-            default ``Proximal(num_atoms)``, which learns a factor on the threshold of each atom.
+        shrinkage: ``Proximal(...)``, ``HardThreshold(...)``, ``Bias(...)``, ``TopK(...)``,
+            ``NonMaximumSuppression(...)``; by default ``Proximal(num_atoms)``, which learns a
+            factor on the threshold of each atom.
         step_size: The step :math:`s` as a fixed number, as in published nets whose dictionaries
             have absorbed it. In place of ``lipschitz`` and of the likelihood's curvature.
         lipschitz: Fixed value in place of the dictionary's squared norm, as in published nets
@@ -58,6 +59,15 @@ class Unrolled(nn.Module):
     References:
         Gregor & LeCun (2010), ICML; Tolooshams, Dey & Ba (2021), IEEE TNNLS 32(6) (CRsAE); with a
         recurrence: Rolfe & LeCun (2013), ICLR, eq. (2).
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_sparse.dictionaries import Dense
+        >>> from pyro_sparse.likelihoods import Gaussian
+        >>> encoder = Unrolled(Dense(8, 5), Gaussian(0.1), num_steps=10)
+        >>> law = dist.Laplace(0.0, 1.0).expand([8]).to_event(1)
+        >>> encoder(torch.randn(3, 5), law).shape
+        torch.Size([3, 8])
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from pyro_sparse.testing.advice import Advice, Finding
 from pyro_sparse.testing.dictionaries import check_dictionary
 from pyro_sparse.testing.likelihoods import check_likelihood
+from pyro_sparse.testing.priors import check_prior
 from pyro_sparse.testing.programs import check_guide, check_model
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "check_guide",
     "check_likelihood",
     "check_model",
+    "check_prior",
 ]

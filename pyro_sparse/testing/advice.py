@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pyro_sparse.infer.findings import NotAsked, table
+
+_LONG, _HEAD = 500, 200
+"""Characters of a message that is quoted whole, such as a table of sites, and of the head of a
+longer one: Pyro lists the shapes of all sites, torch all values that are out of a range."""
+
 
 class Finding(NamedTuple):
     """What one check found.
@@ -13,15 +19,15 @@ class Finding(NamedTuple):
         check: Name of the check.
         ok: Whether it passed; None where it could not be asked.
         advice: What was expected, what came, what to try; where it passed, what was seen.
+
+    Example:
+        >>> Finding("shapes", True, "(3,)").ok
+        True
     """
 
     check: str
     ok: bool | None
     advice: str
-
-
-class NotAsked(Exception):
-    """Raised by a check that does not apply; its message says why."""
 
 
 class Failed(Exception):
@@ -65,7 +71,6 @@ class Advice(NamedTuple):
             raise AssertionError(str(self))
 
     def __str__(self) -> str:
-        width = max((len(found.check) for found in self.findings), default=0)
         words = {False: "FAILED", None: "-", True: "ok"}
         order = sorted(self.findings, key=lambda found: (False, None, True).index(found.ok))
         head = f"{self.subject}: "
@@ -74,13 +79,33 @@ class Advice(NamedTuple):
             if self.failed
             else "nothing wrong was found"
         )
-        indent = " " * (12 + width)
-        lines = [
-            f"  {words[found.ok]:6}  {found.check:{width}}  "
-            + found.advice.replace("\n", f"\n{indent}")
-            for found in order
-        ]
-        return "\n".join([head, *(line.rstrip() for line in lines)])
+        rows = ((words[found.ok], found.check, found.advice) for found in order)
+        return "\n".join([head, *table(rows)])
+
+
+def short(error: BaseException) -> str:
+    r"""What an exception says, as a finding quotes it: whole, or the head of a long message.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        Its message if it has at most 500 characters. Of a longer one the first line, with the next
+        where that only announces it by a colon, and of these at most 200 characters and " ...".
+
+    Example:
+        >>> short(ValueError("Error at site 'obs':\n" + "0.1, " * 5 + "\n" + 1000 * "0.1, "))
+        "Error at site 'obs': 0.1, 0.1, 0.1, 0.1, 0.1, ..."
+    """
+    message = str(error).strip()
+    if len(message) <= _LONG:
+        return message
+    head, *more = message.splitlines()
+    if head.endswith(":") and more:
+        head = f"{head} {more[0].strip()}"
+    if len(head) > _HEAD:
+        head = head[:_HEAD].rsplit(maxsplit=1)[0]
+    return f"{head} ..."
 
 
 def gather(subject: str, checks: dict[str, Callable[[], str]]) -> Advice:
@@ -94,6 +119,6 @@ def gather(subject: str, checks: dict[str, Callable[[], str]]) -> Advice:
         except Failed as fault:
             found = Finding(name, False, str(fault))
         except Exception as error:
-            found = Finding(name, False, f"raised {type(error).__name__}: {error}")
+            found = Finding(name, False, f"raised {type(error).__name__}: {short(error)}")
         findings.append(found)
     return Advice(subject, tuple(findings))

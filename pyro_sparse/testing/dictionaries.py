@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
-from pyro_sparse.testing.advice import Advice, Failed, NotAsked, gather
+from pyro_sparse.infer.findings import NotAsked
+from pyro_sparse.testing.advice import Advice, Failed, gather
 from pyro_sparse.testing.saving import check_saving
 
 _TOLERANCE = 1e-4
 
 
 def check_dictionary(dictionary: Dictionary, signal_shape: tuple[int, ...] | None = None) -> Advice:
-    """Check a dictionary: shapes, linearity, adjoint, norm, gradient, atoms in its place, saving.
+    """Check a dictionary: shapes, linearity, adjoint, norm, gradient, other atoms, float64, saving.
 
     Torch's random state is left as it was.
 
@@ -55,6 +56,7 @@ def check_dictionary(dictionary: Dictionary, signal_shape: tuple[int, ...] | Non
                 "squared norm": lambda: _norm(dictionary, z),
                 "gradient": lambda: _gradient(dictionary, z),
                 "bind": lambda: _bind(dictionary, z),
+                "double": lambda: _double(dictionary, z, y),
                 "save and load": lambda: check_saving(dictionary),
             },
         )
@@ -152,6 +154,40 @@ def _bind(dictionary: Dictionary, z: Tensor) -> str:
             "bind(atoms) must use what it is given, as it is: a sampled dictionary comes this way",
         )  # fmt: skip
     return "uses the atoms that it is given"
+
+
+@torch.no_grad()
+def _double(dictionary: Dictionary, z: Tensor, y: Tensor) -> str:
+    bound = dictionary.bind()
+    try:
+        exact = bound.double()
+    except NotImplementedError:
+        raise NotAsked(
+            "None: solvers.solve needs it to certify codes, and exact posteriors to read atoms."
+        ) from None
+    codes, signal = z.double(), y.double()
+    forward, adjoint = exact.forward(codes), exact.adjoint(signal)
+    for name, made in (("forward", forward), ("adjoint", adjoint)):
+        if made.dtype != torch.float64:
+            raise Failed(
+                f"Expected bind().double().{name} to give float64, got {made.dtype}: convert every "
+                "tensor that the map holds, kernels and operators as well as atoms."
+            )
+    _compare(forward.to(z.dtype), dictionary(z), "bind().double() is the same map, in float64")
+    _compare(
+        adjoint.to(y.dtype), dictionary.adjoint(y), "bind().double() is the same map, in float64"
+    )
+    # Sums in another order: a thousand rounding units, as solve allows for.
+    size = forward.norm() * signal.norm() + codes.norm() * adjoint.norm()
+    slack = 1e3 * bound.rounding() * float(size)
+    off = float(((forward * signal).sum() - (codes * adjoint).sum()).abs())
+    if not off <= slack:
+        raise Failed(
+            f"Expected <forward(z), y> = <z, adjoint(y)> of bind().double() within {slack:.3g}, "
+            f"got a difference of {off:.3g}: something in it still works in a coarser precision. "
+            "A map that cannot be widened says so by rounding()."
+        )
+    return f"the same map, rounding {bound.rounding():.1g}"
 
 
 def _compare(got: Tensor, expected: Tensor, meaning: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_sparse.infer.findings import NotAsked
 from pyro_sparse.likelihoods import Likelihood
-from pyro_sparse.testing.advice import Advice, Failed, NotAsked, gather
+from pyro_sparse.testing.advice import Advice, Failed, gather
 from pyro_sparse.testing.saving import check_saving
 
 _TOLERANCE = 1e-4
@@ -106,11 +107,13 @@ def _residual(likelihood: Likelihood, at: Tensor) -> str:
     y = _draw(likelihood, at)
     x = at.clone().requires_grad_()
     (score,) = torch.autograd.grad(likelihood(x).log_prob(y).sum(), x)
-    _compare(
-        "residual", likelihood.residual(at, y), score,
-        "residual() is the derivative of log_prob by the predictor; with a stabilised one, check "
-        "the likelihood that it wraps",
-    )  # fmt: skip
+    residual = likelihood.residual(at, y)
+    meaning = "residual() is the derivative of log_prob by the predictor; "
+    if torch.allclose(residual.detach(), -score, rtol=_TOLERANCE, atol=_TOLERANCE):
+        meaning += "this is minus that, and codes would climb away from the data"
+    else:
+        meaning += "with a stabilised one, check the likelihood that it wraps"
+    _compare("residual", residual, score, meaning)
     return "the derivative of log_prob"
 
 
@@ -183,16 +186,21 @@ def _finite(likelihood: Likelihood, at: Tensor, largest: float) -> str:
         x = torch.full_like(at, sign * largest).requires_grad_()
         value = likelihood(x).log_prob(y)
         (gradient,) = torch.autograd.grad(value.sum(), x)
-        for name, numbers in (
-            ("log_prob", value),
-            ("its gradient", gradient),
-            ("residual", likelihood.residual(x.detach(), y)),
-        ):
+        score = likelihood.residual(x.detach(), y)
+        seen = [("log_prob", value), ("gradient of log_prob", gradient), ("residual", score)]
+        try:
+            seen.append(("loss", likelihood.loss(x.detach(), y)))
+            bound = likelihood.dual(score, y)
+            # At the end of its range a score may round to one that is infeasible, where it is -inf.
+            seen.append(("dual", torch.where(bound == -torch.inf, 0.0, bound)))
+        except NotImplementedError:
+            pass
+        for name, numbers in seen:
             if not bool(torch.isfinite(numbers).all()):
                 raise Failed(
                     f"Expected finite numbers at a predictor of {sign * largest:g}, got a {name} "
                     "that is not. Compute in the natural parameter (logits=, softplus, "
-                    "log1p), or say a smaller largest=."
+                    "log1p, xlogy), or say a smaller largest=."
                 )
     return f"up to +-{largest:g}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,11 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyro_sparse.infer import SparseELBO
+from pyro_sparse.infer.findings import NotAsked
 from pyro_sparse.infer.programs import Apart, kept
 from pyro_sparse.infer.sites import check_sites
-from pyro_sparse.testing.advice import Advice, Failed, NotAsked, gather
+from pyro_sparse.likelihoods import Likelihood
+from pyro_sparse.testing.advice import Advice, Failed, gather, short
 from pyro_sparse.testing.saving import check_saving
 
 Program = Callable[..., Any]
@@ -73,8 +76,13 @@ def check_guide(guide: Program, model: Program, y: Tensor, *, mask: Tensor | Non
 
     Checked are: that latent sites agree in names, shapes, plates and atoms at zero; that the ELBO
     is finite; that codes of a datum do not depend on the other data of a minibatch (a batch norm
-    in train mode would fail here); that what the mask leaves out does not matter; that parameters
-    get finite gradients; that it can be saved. Nothing is trained.
+    in train mode would fail here); that what the mask leaves out does not matter; that no
+    likelihood that it holds has a residual of the wrong sign, by which codes climb away from the
+    data; that parameters get finite gradients; that it can be saved. Nothing is trained.
+
+    ``against zeros`` says how much more probable the guide's codes are, with the data, than zeros
+    in their place. Where they are less probable it is advice and no failure: so are those of an
+    encoder that has to be trained first, but not those of an unrolled one.
 
     Args:
         guide: The variational program.
@@ -108,6 +116,8 @@ def check_guide(guide: Program, model: Program, y: Tensor, *, mask: Tensor | Non
                 "objective": run.objective,
                 "data apart": run.apart,
                 "mask": run.masked,
+                "residual": run.residual,
+                "against zeros": run.against_zeros,
                 "gradients": run.gradients,
                 "save and load": lambda: _saving(guide),
             },
@@ -220,7 +230,7 @@ class _Run:
             torch.manual_seed(0)
             drawn = poutine.trace(self.program).get_trace(None, n)
         except (TypeError, ValueError, AttributeError) as why:
-            raise NotAsked(f"model(None, {n}) does not draw data: {why}") from None
+            raise NotAsked(f"model(None, {n}) does not draw data: {short(why)}") from None
         name = next(n for n, s in _samples(self.trace(self.y)).items() if s["is_observed"])
         shape = tuple(_samples(drawn)[name]["value"].shape)
         if shape != tuple(self.y.shape):
@@ -288,6 +298,65 @@ class _GuideRun(_Run):
                 )
         return f"{int((~seen).sum())} samples left out do not matter"
 
+    def residual(self) -> str:
+        held = [m for m in self.program.modules() if isinstance(m, Likelihood)]
+        if not held:
+            raise NotAsked("It holds no likelihood.")
+        for likelihood in held:
+            cosine = self._agreement(likelihood)
+            if cosine < 0:
+                raise Failed(
+                    f"Expected the residual of {type(likelihood).__name__} to point as the "
+                    "derivative of its log_prob by the predictor, got a cosine of the angle of "
+                    f"{cosine:.3g}: codes climb away from the data. See check_likelihood."
+                )
+        return f"of {', '.join(type(m).__name__ for m in held)} points towards the data"
+
+    def _agreement(self, likelihood: Likelihood) -> float:
+        """Cosine of the angle between residual and derivative, at draws of the family."""
+        torch.manual_seed(0)
+        at = torch.linspace(-2.0, 2.0, self.y.numel()).to(self.y).reshape(self.y.shape)
+        at.requires_grad_()
+        law = likelihood(at)
+        y = law.sample()
+        (score,) = torch.autograd.grad(law.log_prob(y).sum(), at)
+        residual = likelihood.residual(at, y).detach()
+        return float(nn.functional.cosine_similarity(score.flatten(), residual.flatten(), dim=0))
+
+    @torch.no_grad()
+    def against_zeros(self) -> str:
+        drawn = _samples(self.trace(self.y, None, self.mask))
+        values = {name: site["value"] for name, site in drawn.items()}
+        own = self._joint(values)
+        zeros = {
+            name: torch.zeros_like(value)
+            for name, value in values.items()
+            if drawn[name]["cond_indep_stack"] and value.is_floating_point()
+        }
+        asked = [n for n in zeros if math.isfinite(self._joint({**values, n: zeros[n]}))]
+        if not asked or not math.isfinite(own):
+            raise NotAsked("The model gives zero codes, or those of the guide, no density.")
+        more = (own - self._joint({**values, **{n: zeros[n] for n in asked}})) / len(self.y)
+        if more < 0:
+            raise NotAsked(
+                f"The guide's {', '.join(asked)}, with the data, {-more:.4g} nats a datum less "
+                "probable than zeros. So it may be before an encoder is trained; of one that "
+                "needs no training, such as an unrolled one, look for a wrong sign or a step that "
+                "is too long."
+            )
+        return (
+            f"{', '.join(asked)}, with the data, {more:.4g} nats a datum more probable than zeros"
+        )
+
+    def _joint(self, values: dict[str, Tensor]) -> float:
+        """Log-density of data and latent values under the model; minus infinity if refused."""
+        try:
+            model = poutine.condition(self.model, data=values)
+            trace = poutine.trace(model).get_trace(self.y, None, **self.arguments)
+            return float(trace.log_prob_sum())
+        except ValueError:  # zero is outside of a support
+            return -math.inf
+
     def gradients(self) -> str:
         return _gradients(self.program, self.loss())
 
@@ -343,6 +412,10 @@ def _check_arguments(name: str, program: Any, y: Any) -> None:
     if not callable(program):
         raise TypeError(f"Expected {name} to be a program, got {type(program).__name__}.")
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"Expected y to be a floating tensor of data, got {y!r}.")
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(
+            f"Expected y to be a floating tensor of data, got {kind}. "
+            "Try torch.as_tensor(y).float()."
+        )
     if len(y) < 2:
         raise ValueError(f"Expected at least two data, to tell them apart, got {len(y)}.")

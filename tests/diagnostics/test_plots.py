@@ -10,7 +10,10 @@ from matplotlib.colors import to_rgba
 
 from pyro_sparse.diagnostics import (
     Calibration,
+    CodeSummary,
     plot_atoms,
+    plot_codes,
+    plot_events,
     plot_khat,
     plot_loss,
     plot_rank_ecdf,
@@ -119,3 +122,87 @@ def test_errors() -> None:
         plot_loss([1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one step"):
         plot_loss(History())
+
+
+def summary(**quantiles: float) -> CodeSummary:
+    """Two data, three atoms."""
+    mean = np.array([[1.0, -2.0, 0.1], [0.0, 3.0, 0.5]])
+    prob = np.array([[1.0, 0.6, 0.02], [0.1, 0.9, 0.3]])
+    levels = {float(level[1:]) / 100: mean + shift for level, shift in quantiles.items()}
+    return CodeSummary(mean, np.full((2, 3), 0.25), prob, levels)
+
+
+def bars(ax: Any) -> Any:
+    return np.array([path.vertices[:, 1] for path in ax.collections[0].get_paths()])
+
+
+def test_codes_show_interval_probability_and_truth() -> None:
+    truth = torch.tensor([1.1, 0.0, 0.0])
+    ax = plot_codes(summary(q5=-0.5, q50=0.0, q95=0.7), truth=truth)
+    np.testing.assert_allclose(bars(ax), [[0.5, 1.7], [-2.5, -1.3], [-0.4, 0.8]])
+    marks, actual = ax.collections[1], ax.collections[-1]
+    np.testing.assert_allclose(marks.get_offsets(), [[0, 1.0], [1, -2.0], [2, 0.1]])
+    opacity = marks.get_facecolors()[:, 3]
+    assert opacity[0] == 1.0 and opacity[0] > opacity[1] > opacity[2] > 0
+    np.testing.assert_allclose(actual.get_offsets(), [[0, 1.1]])  # zeros are not drawn
+    assert "5% to 95%" in ax.get_legend().get_texts()[0].get_text()
+    # Without quantiles one standard deviation; the most probable of a datum, in their order.
+    few = plot_codes(summary(), 1, top=2, names=["a", "b", "c"])
+    np.testing.assert_allclose(bars(few), [[2.75, 3.25], [0.25, 0.75]])
+    assert [label.get_text() for label in few.get_xticklabels()] == ["b", "c"]
+    assert few.get_xlabel() == "atom (2 of 3)"
+    # A true code is drawn however improbable.
+    both = plot_codes(summary(), 1, top=1, truth=truth)
+    assert [label.get_text() for label in both.get_xticklabels()] == ["0", "1"]
+
+
+def test_events_are_as_high_as_they_are_probable() -> None:
+    prob = torch.zeros(3, 50)
+    prob[0, 10], prob[2, 40], prob[1, 5] = 1.0, 0.5, 0.001
+    truth = prob > 0.4
+    axes = [
+        plot_events(prob, truth=truth, interval=0.1, start=2.0, unit="s", row="trial"),
+        plot_events(prob, truth=[[3.0], [], [6.0]], interval=0.1, start=2.0, unit="s"),
+    ]
+    for ax in axes:
+        marks, actual = ax.collections[0], ax.collections[-1]
+        found = np.array([path.vertices for path in marks.get_paths()])
+        np.testing.assert_allclose(found[:, 0, 0], [3.0, 6.0])  # the faintest is left out
+        np.testing.assert_allclose(found[:, 1, 1] - found[:, 0, 1], [0.8, 0.4])
+        assert marks.get_colors()[0, 3] == 1.0 > marks.get_colors()[1, 3]
+        np.testing.assert_allclose(actual.get_offsets()[:, 0], [3.0, 6.0])
+        low, high = ax.get_ylim()
+        assert low > high  # the first row is on top
+    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("time (s)", "trial")
+    assert len(plot_events(prob, least=0.0).collections[0].get_paths()) == 3
+    assert len(plot_events(torch.zeros(40, 9)).get_yticks()) == 14
+
+
+def test_errors_of_codes_and_events() -> None:
+    with pytest.raises(TypeError, match="summarise_codes returns"):
+        plot_codes(torch.zeros(3))  # type: ignore[arg-type]
+    many = np.zeros((2, 3, 4))
+    with pytest.raises(ValueError, match="plot_events"):
+        plot_codes(CodeSummary(many, many, many, {}))
+    with pytest.raises(ValueError, match="one of 2 data"):
+        plot_codes(summary(), 2)
+    with pytest.raises(ValueError, match=r"truth\[index\]"):
+        plot_codes(summary(), truth=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="3 names"):
+        plot_codes(summary(), names=["a"])
+    with pytest.raises(ValueError, match="top >= 1"):
+        plot_codes(summary(), top=0)
+    with pytest.raises(ValueError, match=r"prob\[None\]"):
+        plot_events(torch.zeros(9))
+    with pytest.raises(ValueError, match="prob_active, not codes"):
+        plot_events(torch.full((2, 9), 1.5))
+    with pytest.raises(ValueError, match="booleans of shape"):
+        plot_events(torch.zeros(2, 9), truth=torch.zeros(2, 9))
+    with pytest.raises(TypeError, match="list of the times"):
+        plot_events(torch.zeros(2, 9), truth=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="each of 2 rows"):
+        plot_events(torch.zeros(2, 9), truth=[[1.0]])
+    with pytest.raises(ValueError, match="2 names of rows"):
+        plot_events(torch.zeros(2, 9), rows=["a"])
+    with pytest.raises(ValueError, match="interval"):
+        plot_events(torch.zeros(2, 9), interval=0.0)

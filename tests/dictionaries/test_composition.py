@@ -315,6 +315,12 @@ def test_double_of_the_bound_map_takes_an_operator_of_float32() -> None:
         torch.testing.assert_close(result, expected.double(), rtol=1e-4, atol=1e-5)
 
 
+def test_double_of_the_bound_map_still_has_the_rounding_of_its_operator() -> None:
+    seen = Composition(from_matrix(torch.randn(4, 12)), Dense(7, 12), input_shape=(12,))
+    assert seen.bind().double().rounding() == torch.finfo(torch.float32).eps
+    assert seen.double().bind().double().rounding() == torch.finfo(torch.float64).eps
+
+
 def test_bound_atoms_take_the_place_of_the_modules_own() -> None:
     matrix = torch.randn(4, 12)
     seen = Composition(from_matrix(matrix), Dense(7, 12), input_shape=(12,))

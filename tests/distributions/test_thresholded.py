@@ -497,3 +497,21 @@ def test_a_narrow_interval_keeps_its_digits():
         found = -SoftThresholded(make(loc, 1.0), 1e-8).logits.double().numpy()
         expected = math.log(2e-8) + law.logpdf(loc.double().numpy())
         np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("base", [dist.Laplace, dist.Normal])
+@pytest.mark.parametrize("code", [0.7, -0.7])
+@pytest.mark.parametrize("gap", [1.0, -1.0])
+def test_the_gradient_is_right_where_location_and_threshold_meet(base, code, gap):
+    # The tails change formula there, and both formulas must not be counted.
+    threshold = torch.tensor(0.5, dtype=torch.float64)
+
+    def log_prob(loc):
+        law = SoftThresholded(base(loc, torch.ones_like(loc)), threshold)
+        return law.log_prob(torch.tensor(code, dtype=torch.float64))
+
+    loc = gap * threshold.clone()
+    by_autograd = torch.autograd.functional.jacobian(log_prob, loc)
+    step = 1e-6
+    by_differences = (log_prob(loc + step) - log_prob(loc - step)) / (2 * step)
+    torch.testing.assert_close(by_autograd, by_differences, rtol=1e-5, atol=1e-6)

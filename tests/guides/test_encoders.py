@@ -1,19 +1,22 @@
 """Encoders: what they emit, before any training and for whatever data, and what they refuse."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from pyro_sparse.dictionaries import Composition, Conv, Dense, Overhang, Periodic
-from pyro_sparse.distributions import SpikeAndSlab
+from pyro_sparse.distributions import SpikeAndSlab, Tails, overshoot
 from pyro_sparse.guides import (
     GammaThresholdPosterior,
     Heads,
@@ -236,6 +239,59 @@ def test_of_one_gaussian_code_it_emits_the_exact_posterior_mean_field() -> None:
     assert abs(float(-evidence) - SparseELBO().loss(model, guide, y)) < 1e-9
 
 
+def half_normal(scale: float) -> Tails:
+    return Tails(overshoot(dist.Normal(0.0, torch.tensor(scale, dtype=F64)), torch.zeros(())))
+
+
+def test_of_one_code_that_is_not_negative_it_emits_the_exact_posterior() -> None:
+    """The evidence of each datum, by a fine grid over the code, which half of the data oppose."""
+    dictionary, likelihood = Dense(1, 4), Gaussian(0.5)
+    model = SparseCoding(dictionary, likelihood, SpikeAndSlab(half_normal(1.5), 0.2)).double()
+    options = {"init_probs": 0.2, "init_scale": 1.5, "one_sided": True}
+    encoder = UnrolledEncoder(
+        Unrolled(dictionary, likelihood), dist.Exponential(1.0), **options
+    ).double()
+    guide = Thresholded(encoder, SpikeAndSlabPosterior(one_sided=True))
+    atom = dictionary.atoms.detach().numpy()[0]
+    y = torch.linspace(-2, 3, 7, dtype=F64)[:, None] * torch.from_numpy(atom)
+    y = y + 0.5 * torch.randn(7, 4, dtype=F64)
+    grid = np.linspace(0, 20, 200_001)
+    slab = scipy.stats.halfnorm.pdf(grid, scale=1.5)
+    evidence = 0.0
+    for one in y.numpy():
+        silent = scipy.stats.norm.logpdf(one, scale=0.5).sum()
+        given = scipy.stats.norm.logpdf(one[:, None] - atom[:, None] * grid, scale=0.5).sum(0)
+        ratio = np.trapezoid(np.exp(given - silent) * slab, grid)
+        evidence += silent + np.log(0.8 + 0.2 * ratio)
+    assert abs(-evidence - SparseELBO().loss(model, guide, y)) < 1e-6  # float32 constants
+
+
+def test_one_sided_an_unseen_code_gets_its_prior_back_too() -> None:
+    encoder, y = make("conv1d", init_probs=0.2, init_scale=1.5, one_sided=True)
+    mask = torch.ones(11, dtype=torch.bool)
+    mask[2:8] = False
+    law = SpikeAndSlabPosterior(one_sided=True)(encoder(y.where(mask, 0.0), mask))
+    unseen = (slice(None), slice(None), slice(2, 5))
+    torch.testing.assert_close(law.prob_active[unseen], torch.full((5, 3, 3), 0.2))
+    mean = torch.full((5, 3, 3), 1.5 * math.sqrt(2 / math.pi))
+    torch.testing.assert_close(law.slab.mean[unseen], mean)
+
+
+def test_one_sided_log_odds_and_gradients_hold_far_on_either_side() -> None:
+    """Data from 1000 noises below zero to 1000 above; in float32 as in float64."""
+    found = {}
+    for dtype in (torch.float32, F64):
+        dictionary = Dense(1, 1, atoms=torch.ones(1, 1)).to(dtype)
+        solver = Unrolled(dictionary, Gaussian(torch.ones((), dtype=dtype)), num_steps=3)
+        encoder = UnrolledEncoder(solver, dist.Exponential(1.0), one_sided=True)
+        emitted = encoder(torch.linspace(-1000, 1000, 41, dtype=dtype)[:, None])
+        found[dtype] = emitted["logits"].detach().double()
+        emitted["logits"].sum().backward()
+        assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.grad is not None)
+    torch.testing.assert_close(found[torch.float32], found[F64], rtol=1e-5, atol=1e-5)
+    assert found[F64][0] > -20  # a ratio of evidences falls as one over the distance, no faster
+
+
 def test_a_code_that_reaches_no_observed_sample_gets_its_prior_back() -> None:
     encoder, y = make("conv1d", init_probs=0.2, init_scale=1.5)
     mask = torch.ones(11, dtype=torch.bool)
@@ -345,12 +401,13 @@ def test_an_unrolled_encoder_comes_back_tied_as_it_was(tmp_path: Path, weights: 
     model, y, _ = planted(5)
     options = {"num_steps": 3, "method": ISTA(), "shrinkage": Proximal(decay=0.9), "lipschitz": 4.0}
     solver = SOLVERS[weights](model.dictionary, model.likelihood, **options)
-    encoder = UnrolledEncoder(solver, dist.Laplace(0.0, 0.2), init_probs=0.3, init_scale=2.0)
+    settings = {"init_probs": 0.3, "init_scale": 2.0, "one_sided": True}
+    encoder = UnrolledEncoder(solver, dist.Laplace(0.0, 0.2), **settings)
     shake(encoder)
     save(tmp_path / "run", model=model, encoder=encoder)
     loaded = load(tmp_path / "run")
     back = loaded["encoder"]
     assert all(torch.equal(back(y)[name], values) for name, values in encoder(y).items())
     assert back.unrolled.dictionary is loaded["model"].dictionary
-    assert (back.init_probs, back.init_scale) == (0.3, 2.0)
+    assert {name: getattr(back, name) for name in settings} == settings
     assert (back.unrolled.analysis is None) == (weights == "tied")

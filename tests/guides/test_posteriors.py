@@ -9,25 +9,34 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_sparse.diagnostics import sbc
+from pyro_sparse.dictionaries import Dense
 from pyro_sparse.distributions import GammaThresholded, Rate, SpikeAndSlab
 from pyro_sparse.guides import (
     DensePosterior,
     GammaThresholdPosterior,
+    PerDatum,
     SpikeAndSlabPosterior,
+    Thresholded,
     ThresholdPosterior,
 )
-from pyro_sparse.infer import load, save
+from pyro_sparse.infer import SparseELBO, load, log_weights, save
+from pyro_sparse.likelihoods import Gaussian
+from pyro_sparse.models import SparseCoding
 
 F64 = torch.float64
 FAMILIES: dict[str, Callable[[], Any]] = {
     "normal slab": SpikeAndSlabPosterior,
     "laplace slab": lambda: SpikeAndSlabPosterior(dist.Laplace),
     "exponential slab": lambda: SpikeAndSlabPosterior(dist.Exponential),
+    "one-sided normal slab": lambda: SpikeAndSlabPosterior(one_sided=True),
+    "one-sided laplace slab": lambda: SpikeAndSlabPosterior(dist.Laplace, one_sided=True),
     "shifted": lambda: ThresholdPosterior(0.3),
     "shifted normal": lambda: ThresholdPosterior(0.3, dist.Normal),
     "soft": lambda: ThresholdPosterior(0.3, soft=True),
@@ -100,6 +109,55 @@ def test_an_exponential_slab_has_the_emitted_mean_and_asks_for_no_location() -> 
     emitted = emit(family.names, dtype=F64)
     torch.testing.assert_close(family(emitted).slab.mean, emitted["log_scale"].exp())
     assert (family(emitted).sample((100,)) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("slab", "reference"),
+    [(dist.Normal, scipy.stats.norm), (dist.Laplace, scipy.stats.laplace)],
+    ids=["normal", "laplace"],
+)
+def test_one_sided_the_slab_is_cut_off_and_inclusion_is_what_is_emitted(
+    slab: type, reference: Any
+) -> None:
+    family = SpikeAndSlabPosterior(slab, one_sided=True)
+    emitted = emit(family.names, dtype=F64)
+    law, given = family(emitted), numbers(emitted)
+    base = reference(given["loc"], np.exp(given["log_scale"]))
+    odds = np.exp(given["logits"])
+    np.testing.assert_allclose(law.prob_active, odds / (1 + odds), rtol=1e-10)
+    np.testing.assert_allclose(
+        law.slab.log_prob(torch.tensor(0.7, dtype=F64)),
+        base.logpdf(0.7) - base.logsf(0),
+        rtol=1e-10,
+    )
+    assert (law.sample((1000,)) >= 0).all()
+
+
+@pytest.mark.parametrize("rate", [0.3, 2.0])
+def test_the_divergence_of_a_one_sided_normal_slab_is_its_integral(rate: float) -> None:
+    """From a spike and exponential; locations from 6 standard deviations below zero to 6 above."""
+    family = SpikeAndSlabPosterior(one_sided=True)
+    loc, scale = torch.tensor([-6.0, -1.0, 0.0, 1.0, 6.0], dtype=F64) * 0.4, math.log(0.4)
+    emitted = {"loc": loc, "log_scale": torch.full((5,), scale, dtype=F64)}
+    law = family(emitted | {"logits": torch.linspace(-1, 2, 5, dtype=F64)})
+    prior = SpikeAndSlab(dist.Exponential(torch.tensor(rate, dtype=F64)), 0.2)
+    found = torch.distributions.kl_divergence(law, prior)
+    probs = float(torch.sigmoid(prior.logits))
+    for k in range(5):
+        below = -float(loc[k]) / 0.4
+        slab = scipy.stats.truncnorm(below, np.inf, loc=float(loc[k]), scale=0.4)
+        slabs = scipy.integrate.quad(
+            lambda z, slab=slab: (
+                slab.pdf(z) * (slab.logpdf(z) - scipy.stats.expon.logpdf(z, scale=1 / rate))
+            ),
+            0,
+            8,
+            points=[0.05, 0.5, 2.0],
+        )[0]
+        gate = float(law.prob_active[k])
+        expected = gate * (math.log(gate / probs) + slabs)
+        expected += (1 - gate) * math.log((1 - gate) / (1 - probs))
+        assert math.isclose(found[k], expected, rel_tol=1e-7)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 4.0])
@@ -182,6 +240,148 @@ def test_a_dense_law_is_the_base() -> None:
     law, given = DensePosterior(dist.Laplace)(emitted), numbers(emitted)
     expected = scipy.stats.laplace(given["loc"], np.exp(given["log_scale"])).logpdf(0.7)
     np.testing.assert_allclose(law.log_prob(torch.tensor(0.7, dtype=F64)), expected, rtol=1e-12)
+
+
+# One code of which the posterior is known ---------------------------------------------------------
+
+NOISE, RATE, PROBS = 0.6, 0.8, 0.3
+
+
+class Conditional(nn.Module):
+    """Posterior of one code with an exponential slab, in the numbers of a one-sided normal one."""
+
+    names = ("loc", "log_scale", "logits")
+
+    def __init__(self, atom: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("atom", atom)
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        scale = NOISE / self.atom.norm()
+        loc = scale**2 * (y @ self.atom / NOISE**2 - RATE)[:, None]
+        constant = math.log(PROBS / (1 - PROBS)) + torch.log(RATE * scale * math.sqrt(2 * math.pi))
+        square = (loc / scale) ** 2 / 2
+        mass = torch.special.log_ndtr(loc / scale)
+        return {
+            "loc": loc,
+            "log_scale": scale.log().expand_as(loc),
+            "logits": constant + square + mass,
+        }
+
+
+class BothSigns(nn.Module):
+    """The log-odds of another, with the evidence of negative codes left in."""
+
+    names = Conditional.names
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        emitted = self.encoder(y)
+        mass = torch.special.log_ndtr(emitted["loc"] / emitted["log_scale"].exp())
+        return emitted | {"logits": emitted["logits"] - mass}
+
+
+def one_code(dtype: torch.dtype) -> tuple[SparseCoding, Thresholded, Tensor]:
+    """A model of one code, the guide that is its posterior, and data of both kinds."""
+    dictionary = Dense(1, 4, atoms=torch.tensor([[1.0, -2.0, 0.5, 1.0]])).to(dtype)
+    dictionary.freeze_()
+    likelihood = Gaussian(torch.tensor(NOISE, dtype=dtype))
+    prior = SpikeAndSlab(
+        dist.Exponential(torch.tensor(RATE, dtype=dtype)), torch.tensor(PROBS, dtype=dtype)
+    )
+    model = SparseCoding(dictionary, likelihood, prior)
+    atom = dictionary.atoms.detach()[0]
+    guide = Thresholded(Conditional(atom), SpikeAndSlabPosterior(one_sided=True))
+    generator = torch.Generator().manual_seed(2)
+    noise = NOISE * torch.randn(6, 4, generator=generator, dtype=F64).to(dtype)
+    return model, guide, torch.tensor([0, 0, 0.5, 1, 3, -2]).to(noise)[:, None] * atom + noise
+
+
+def test_one_sided_it_is_the_posterior_of_one_code() -> None:
+    """Inclusion, mean, spread and evidence of each datum, by a fine grid over the code."""
+    model, guide, y = one_code(F64)
+    law, atom = guide.posterior(y), model.dictionary.atoms.detach().numpy()[0]
+    grid = np.linspace(0, 20, 400_001)
+    total = 0.0
+    for n in range(len(y)):
+        silent = scipy.stats.norm.logpdf(y[n], scale=NOISE).sum()
+        residual = y[n].numpy()[:, None] - atom[:, None] * grid
+        joint = np.exp(scipy.stats.norm.logpdf(residual, scale=NOISE).sum(0) - silent)
+        joint *= scipy.stats.expon.pdf(grid, scale=1 / RATE)
+        slab = np.trapezoid(joint, grid)  # in units of the density of a silent datum
+        odds = PROBS / (1 - PROBS) * slab
+        np.testing.assert_allclose(law.prob_active[n, 0], odds / (1 + odds), rtol=1e-7)
+        mean = np.trapezoid(grid * joint, grid) / slab
+        square = np.trapezoid((grid - mean) ** 2 * joint, grid) / slab
+        np.testing.assert_allclose(law.slab.mean[n, 0], mean, rtol=1e-7)
+        np.testing.assert_allclose(law.slab.variance[n, 0], square, rtol=1e-6)
+        total += silent + np.log(1 - PROBS + PROBS * slab)
+    assert abs(-SparseELBO().loss(model, guide, y) - total) < 1e-7
+    # float32: six data with evidences of a few nats each
+    single = one_code(torch.float32)
+    assert abs(-SparseELBO().loss(*single) - total) < 1e-5
+
+
+def test_log_weights_of_the_posterior_of_one_code_are_the_evidence() -> None:
+    model, guide, y = one_code(F64)
+    weights = log_weights(model, guide, y, num_samples=50)
+    assert weights.local.std(0).max() < 1e-9
+    assert abs(weights.local.mean(0).sum() + SparseELBO().loss(model, guide, y)) < 1e-9
+
+
+def test_simulations_do_not_tell_the_posterior_of_one_code_from_the_truth() -> None:
+    model, guide, y = one_code(torch.float32)
+    y = y[:1].expand(200, 4)
+    options: dict[str, Any] = {"num_simulations": 400, "num_samples": 100, "progress": False}
+    assert not sbc(model, guide, y, **options).alarm
+    assert sbc(model, Thresholded(BothSigns(guide.encoder), guide.family), y, **options).alarm
+    guide.family = SpikeAndSlabPosterior()  # counts negative codes too
+    with pytest.raises(ValueError, match="infinite|support"):
+        sbc(model, guide, y, **options)
+
+
+def test_refining_finds_the_posterior_of_one_code() -> None:
+    """From parameters that are wrong; to the evidence, within 1e-3 nats a datum."""
+    model, guide, y = one_code(F64)
+    emitted = guide.encoder(y)
+    wrong = {name: values + 0.7 for name, values in emitted.items()}
+    start = Thresholded(PerDatum(wrong), guide.family)
+    best = SparseELBO().loss(model, guide, y)
+    assert SparseELBO().loss(model, start, y) - best > 0.3
+    refined = start.refine(model, y, num_steps=300)
+    assert 0 <= SparseELBO().loss(model, refined, y) - best < 1e-3 * len(y)
+
+
+@pytest.mark.parametrize("slab", [dist.Normal, dist.Laplace])
+def test_one_sided_gradients_are_finite_far_on_either_side(slab: type) -> None:
+    """Locations from 30 scales below zero to 30 above, in float32, of density, KL and draws."""
+    family = SpikeAndSlabPosterior(slab, one_sided=True)
+    ratio = torch.linspace(-30, 30, 121)
+    prior = SpikeAndSlab(dist.Exponential(0.5), 0.1)
+    for log_scale in (-5.0, 0.0, 3.0):
+        emitted = {
+            "loc": ratio * math.exp(log_scale),
+            "log_scale": torch.full_like(ratio, log_scale),
+            "logits": ratio / 3,
+        }
+        emitted = {name: values.requires_grad_() for name, values in emitted.items()}
+        law = family(emitted)
+        pyro.set_rng_seed(0)
+        for value in (
+            torch.distributions.kl_divergence(law, prior),
+            law.log_prob(law.sample()),
+            law.mean,
+            law.variance,
+            law.rsample(),
+        ):
+            assert value.isfinite().all()
+            for gradient in torch.autograd.grad(
+                value.sum(), list(emitted.values()), retain_graph=True
+            ):
+                assert gradient.isfinite().all()
 
 
 # Thresholds ---------------------------------------------------------------------------------------

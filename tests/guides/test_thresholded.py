@@ -82,6 +82,10 @@ LAWS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
         lambda: SpikeAndSlabPosterior(dist.Exponential),
         lambda: {"prior": slab(two_sided=False)},
     ),
+    "one-sided slab": (
+        lambda: SpikeAndSlabPosterior(one_sided=True),
+        lambda: {"prior": slab(two_sided=False)},
+    ),
     "shifted": (lambda: ThresholdPosterior(0.5), lambda: {"prior": slab()}),
     "shifted normal": (lambda: ThresholdPosterior(0.5, dist.Normal), lambda: {"prior": slab()}),
     "soft": (

@@ -42,6 +42,7 @@ from pyro_sparse.solvers import (
     Bias,
     Fixed,
     HardThreshold,
+    NonMaximumSuppression,
     PowerIteration,
     Proximal,
     Shrinkage,
@@ -211,6 +212,16 @@ def test_a_shrinkage_comes_back(tmp_path: Path, shrinkage: Shrinkage) -> None:
     assert torch.equal(back.encode(y), guide.encode(y))
     assert type(back.encoder.shrinkage) is type(shrinkage)
     assert same_state(back, guide)
+
+
+@pytest.mark.parametrize("gap", [2, (2,)])
+def test_a_shrinkage_with_a_gap_comes_back(tmp_path: Path, gap: int | tuple[int, ...]) -> None:
+    shrinkage = NonMaximumSuppression(Proximal(2), gap)
+    guide = UnrolledFISTA(Conv(2, 1, 4), Gaussian(0.5), dist.Laplace(0.0, 1.0), shrinkage=shrinkage)
+    back = round_trip(tmp_path, guide=guide)["guide"]
+    y = torch.randn(5, 1, 30)
+    assert torch.equal(back.encode(y), guide.encode(y))
+    assert back.encoder.shrinkage.gap == gap and same_state(back, guide)
 
 
 def test_a_rate_that_is_learned_comes_back_shared(tmp_path: Path) -> None:
@@ -468,6 +479,23 @@ def test_attributes_that_a_constructor_does_not_leave_are_named(tmp_path: Path) 
 
     with pytest.raises(TypeError, match=r"Forgetful.*none named \['size'\].*arguments="):
         save(tmp_path / "run", x=Forgetful(3))
+
+
+class OwnLaw(dist.TorchDistribution):
+    arg_constraints = {"rate": dist.constraints.positive}
+    support = dist.constraints.real
+
+    def __init__(self, rate: Tensor, *, validate_args: bool | None = None) -> None:
+        self.rate = rate
+        super().__init__(rate.shape, validate_args=validate_args)
+
+
+def test_a_law_of_ones_own_needs_no_attribute_for_the_switch_of_validation(tmp_path: Path) -> None:
+    register_savable(OwnLaw)
+    save(tmp_path / "law", law=OwnLaw(torch.tensor([1.0, 2.0]), validate_args=True))
+    loaded = load(tmp_path / "law")["law"]
+    assert type(loaded) is OwnLaw
+    assert torch.equal(loaded.rate, torch.tensor([1.0, 2.0]))
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:

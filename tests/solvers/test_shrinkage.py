@@ -1,17 +1,20 @@
 """What a layer makes of the value of its gradient step."""
 
+import contextlib
+
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 
 from pyro_sparse.dictionaries import Conv, Dense
-from pyro_sparse.distributions import prox, spread
+from pyro_sparse.distributions import KnownSupport, SignedLaplace, prox, spread
 from pyro_sparse.likelihoods import Gaussian
 from pyro_sparse.solvers import (
     ISTA,
     Bias,
     HardThreshold,
+    NonMaximumSuppression,
     Proximal,
     Shrinkage,
     TopK,
@@ -86,6 +89,91 @@ def test_top_k_of_more_codes_than_there_are_changes_nothing():
     assert torch.equal(codes, Proximal()(law(4), value, STEP, 0, 1))
 
 
+def around(positions, gap):
+    """For each position a mask of those at most ``gap`` away in every dimension, itself apart."""
+    grid = torch.cartesian_prod(*(torch.arange(n) for n in positions)).reshape(-1, len(positions))
+    near = ((grid[:, None] - grid[None]).abs() <= torch.tensor(gap)).all(-1)
+    return near & ~torch.eye(len(grid), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("positions", "gap"),
+    [((40,), 3), ((40,), 0), ((5,), 9), ((9, 7), 2), ((9, 7), (3, 0)), ((5, 4, 6), (1, 2, 1))],
+    ids=str,
+)
+def test_what_is_largest_around_it_stays_and_nothing_else(positions, gap):
+    """By brute force: codes of both signs, each against all that are near, atom by atom."""
+    value = values(2, 3, *positions).requires_grad_()
+    prior = law(3, *positions)
+    full = Proximal()(prior, value, STEP, 0, 1)
+    codes = NonMaximumSuppression(Proximal(), gap)(prior, value, STEP, 0, 1)
+    size = full.detach().abs().flatten(2)
+    near = around(positions, gap)
+    rival = torch.where(near, size[:, :, None, :], torch.zeros((), dtype=size.dtype)).amax(-1)
+    expected = torch.where((size > rival).reshape(full.shape), full, torch.zeros_like(full))
+    torch.testing.assert_close(codes, expected, rtol=0, atol=0)
+    assert (codes < 0).any() and (codes > 0).any()
+    (gradient,) = torch.autograd.grad(codes.sum(), value)
+    assert torch.equal(gradient != 0, codes != 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 30), (2, 6, 5)], ids=str)
+def test_of_equal_neighbours_one_stays(shape):
+    value = torch.randint(-3, 4, (4, *shape)).double()
+    codes = NonMaximumSuppression(HardThreshold(0.0), 1)(law(*shape), value, STEP, 0, 1)
+    left, near = (codes != 0).flatten(2), around(shape[1:], 1)
+    assert not (left[:, :, :, None] & left[:, :, None, :] & near).any()
+    assert torch.equal((codes != 0).flatten(2).any(-1), (value != 0).flatten(2).any(-1))
+    row = torch.tensor([[[0.0, 2.0, 2.0, 2.0, 0.0, -2.0, 2.0]]]).double()
+    codes = NonMaximumSuppression(HardThreshold(0.0), 1)(law(1, 7), row, STEP, 0, 1)
+    assert codes.flatten().tolist() == [0.0, 2.0, 0.0, 0.0, 0.0, -2.0, 0.0]
+
+
+def test_maxima_are_those_of_codes_that_may_be():
+    value = torch.tensor([[[-5.0, 1.0, 0.0, 4.0, 2.0]]], dtype=torch.float64)
+    signs = SignedLaplace(torch.ones((), dtype=torch.float64), torch.ones(1, 5)).to_event(2)
+    known = torch.tensor([[True, True, True, False, True]])
+    support = KnownSupport(dist.Laplace(0.0, torch.ones(1, 5).double()), known).to_event(2)
+    for prior, expected in (
+        (signs, [0.0, 1.0, 0.0, 4.0, 0.0]),
+        (support, [-5.0, 0.0, 0.0, 0.0, 2.0]),
+    ):
+        shrinkage = NonMaximumSuppression(HardThreshold(0.0), 1)
+        assert shrinkage.keeps_support
+        assert shrinkage(prior, value, STEP, 0, 1).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize(("positions", "kernel"), [((40,), 5), ((9, 8), (3, 2))], ids=str)
+def test_an_encoder_keeps_one_code_for_each_event(positions, kernel):
+    kernel = (kernel,) if isinstance(kernel, int) else kernel
+    signal = tuple(n + k - 1 for n, k in zip(positions, kernel, strict=True))
+    dictionary = Conv(2, 1, kernel, atoms=torch.ones(2, 1, *kernel)).double()
+    net = Unrolled(
+        dictionary,
+        Gaussian(torch.ones((), dtype=torch.float64)),
+        num_steps=10,
+        shrinkage=NonMaximumSuppression(Proximal(), 2),
+    )
+    codes = net(10 * values(3, 1, *signal), law(2, *positions))
+    left, near = (codes != 0).flatten(2), around(positions, 2)
+    assert left.any() and not (left[:, :, :, None] & left[:, :, None, :] & near).any()
+
+
+@pytest.mark.parametrize("gap", [1, (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("dictionary", "dims"), [(Dense(6, 4), 0), (Conv(2, 1, 3), 1), (Conv(2, 1, (3, 3)), 2)], ids=str
+)
+def test_a_gap_needs_positions_of_its_dimensions(dictionary, dims, gap):
+    shrinkage = NonMaximumSuppression(Proximal(), gap)
+    prior = law(2, *[5] * dims)
+    fits = dims > 0 and (isinstance(gap, int) or len(gap) == dims)
+    match = r"\(atoms, \*positions\).*Use Conv" if dims == 0 else f"for {dims} dimensions of pos"
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=match):
+        Unrolled(dictionary, Gaussian(1.0), shrinkage=shrinkage)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=match):
+        shrinkage(prior, values(*prior.event_shape), STEP, 0, 1)
+
+
 def test_lista_is_a_configuration():
     # Gregor & LeCun (2010): z = S_b(W_e y + (I - W_e W_d) z), both matrices and the bias free.
     decoder = Dense(8, 5).double()
@@ -125,6 +213,11 @@ def test_a_users_own_shrinkage_is_a_module_with_a_forward():
     assert 0 <= codes.min() and codes.max() == 1
 
 
+def test_maxima_refuse_an_inner_shrinkage_of_other_atoms():
+    with pytest.raises(ValueError, match=r"log_factor of a shrinkage.*shape \(2,\), got \(5,\)"):
+        Unrolled(Conv(2, 1, 3), Gaussian(1.0), shrinkage=NonMaximumSuppression(Proximal(5), 1))
+
+
 def test_parameters_of_a_shrinkage_are_the_nets():
     dictionary = Dense(6, 4)
     net = Unrolled(dictionary, Gaussian(1.0), shrinkage=TopK(Bias(0.1, num_atoms=6), 2))
@@ -160,6 +253,12 @@ def test_a_shrinkage_of_other_atoms_is_refused_when_the_encoder_is_made(shrinkag
         (lambda: TopK(nn.Identity(), 2), TypeError, "inner to be a Shrinkage"),
         (lambda: TopK(Proximal(), 0), ValueError, "num_active to be a whole number >= 1"),
         (lambda: TopK(Proximal(), 1, every=0), ValueError, "every to be a whole number >= 1"),
+        (lambda: NonMaximumSuppression(nn.Identity(), 2), TypeError, "inner to be a Shrinkage"),
+        (lambda: NonMaximumSuppression(Proximal(), -1), ValueError, "number >= 0.*got -1"),
+        (lambda: NonMaximumSuppression(Proximal(), 1.5), ValueError, "number >= 0.*got 1.5"),
+        (lambda: NonMaximumSuppression(Proximal(), True), ValueError, "number >= 0.*got True"),
+        (lambda: NonMaximumSuppression(Proximal(), ()), ValueError, r"number >= 0.*got \(\)"),
+        (lambda: NonMaximumSuppression(Proximal(), (1, -1)), ValueError, r"got \(1, -1\)"),
     ],
 )
 def test_what_cannot_be_a_shrinkage_is_refused(make, error, match):

@@ -10,9 +10,17 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from sklearn.linear_model import ElasticNet, Lasso
 
-from pyro_sparse.dictionaries import Composition, Conv, Dense, Interior, Overhang, Periodic
+from pyro_sparse.dictionaries import (
+    Composition,
+    Conv,
+    Dense,
+    Interior,
+    LinearMap,
+    Overhang,
+    Periodic,
+)
 from pyro_sparse.distributions import Conjugate, register_conjugate, register_prox
-from pyro_sparse.likelihoods import Gaussian
+from pyro_sparse.likelihoods import Gaussian, Likelihood
 from pyro_sparse.solvers import FISTA, ISTA, solve
 
 
@@ -572,5 +580,72 @@ def test_a_conjugate_that_is_not_the_penaltys_is_refused_rather_than_certified()
         rate = 1 / prior.scale
         return Conjugate(-rate, rate, lambda slope: torch.full_like(slope, -5.0))
 
-    with pytest.raises(ValueError, match="conjugate of .* does not belong to its penalty"):
+    with pytest.raises(ValueError, match="conjugate of WronglyConjugate does not belong"):
         solve(torch.randn(2, 5), Dense(8, 5), WronglyConjugate(0.0, 1.0))
+
+
+class WronglyDual(Gaussian):
+    def dual(self, score, y):
+        return super().dual(score, y) + 5.0
+
+
+def test_a_dual_that_is_not_the_losss_is_refused_by_the_name_of_the_family() -> None:
+    with pytest.raises(ValueError, match="dual of WronglyDual to its loss"):
+        solve(torch.randn(2, 5), Dense(8, 5), dist.Laplace(0.0, 1.0), likelihood=WronglyDual(1.0))
+
+
+class ThirdOperator:
+    def forward(self, signal):
+        return signal / 3
+
+    adjoint = forward
+
+
+@pytest.mark.parametrize("seed", [2, 18])
+def test_the_rounding_of_an_operator_is_not_taken_for_a_wrong_conjugate(seed: int) -> None:
+    # Both seeds raised: the map in float64 had forgotten that its operator is not.
+    torch.manual_seed(seed)
+    dictionary = Composition(ThirdOperator(), Dense(8, 5), input_shape=(5,))
+    found = solve(torch.randn(200, 5), dictionary, dist.Laplace(0.0, 3.0), tol=8e-6)
+    assert bool(found.converged.all())
+
+
+class OnlyASlope(Likelihood):
+    """What a net needs, and no more."""
+
+    def residual(self, predictor, y):
+        return y - predictor
+
+    def curvature(self, y):
+        return torch.tensor(1.0)
+
+
+class NoDouble(LinearMap):
+    def __init__(self, atoms):
+        self.atoms = atoms
+
+    def forward(self, codes):
+        return codes @ self.atoms
+
+    def adjoint(self, signal):
+        return signal @ self.atoms.T
+
+    def squared_norm(self, signal_shape=None):
+        return torch.linalg.matrix_norm(self.atoms, 2).square().detach()
+
+
+class Narrow(Dense):
+    def bind(self, atoms=None):
+        return NoDouble(self.atoms if atoms is None else atoms)
+
+
+def test_without_a_certificate_nothing_is_asked_that_only_a_certificate_needs() -> None:
+    y, prior = torch.randn(3, 5), dist.Laplace(0.0, 1.0)
+    dictionary = Narrow(8, 5)
+    full = Dense(8, 5, atoms=dictionary.atoms.detach())
+    blind = solve(y, dictionary, prior, likelihood=OnlyASlope(), tol=None, max_steps=500)
+    torch.testing.assert_close(blind.codes, solve(y, full, prior).codes, rtol=0, atol=1e-2)
+    with pytest.raises(NotImplementedError, match="NoDouble does not state .*double.*tol=None"):
+        solve(y, dictionary, prior)
+    with pytest.raises(NotImplementedError, match="OnlyASlope does not state its `loss`"):
+        solve(y, full, prior, likelihood=OnlyASlope())

@@ -1,5 +1,6 @@
 """check_likelihood and check_dictionary: they pass what is right and name what is planted."""
 
+import math
 from collections.abc import Callable
 
 import pyro.distributions as dist
@@ -73,6 +74,15 @@ def test_a_planted_fault_of_a_family_is_named(fault: str, monkeypatch: pytest.Mo
         advice.raise_if_failed()
 
 
+@pytest.mark.parametrize(("factor", "says"), [(-1.0, "minus that"), (2.0, "stabilised")])
+def test_a_residual_of_the_wrong_sign_is_told_from_another(
+    factor: float, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planted, "residual", lambda self, p, y: factor * (y - p) / 0.3**2)
+    (found,) = (f for f in check_likelihood(Planted(0.3)).findings if f.check == "residual")
+    assert found.ok is False and says in found.advice
+
+
 def test_an_overflow_is_named() -> None:
     class Naive(l.Poisson):
         def forward(self, predictor: Tensor) -> dist.Poisson:  # type: ignore[override]
@@ -80,6 +90,29 @@ def test_an_overflow_is_named() -> None:
 
     assert "finite" in check_likelihood(Naive(), largest=200.0).failed
     assert "finite" not in check_likelihood(l.Poisson(), largest=80.0).failed
+
+
+def test_a_dual_that_is_not_a_number_at_the_end_of_its_range_is_named() -> None:
+    class Logistic(l.Likelihood):
+        def forward(self, predictor: Tensor) -> dist.Logistic:
+            return dist.Logistic(predictor, torch.ones_like(predictor))
+
+        def mean(self, predictor: Tensor) -> Tensor:
+            return predictor
+
+        def residual(self, predictor: Tensor, y: Tensor) -> Tensor:
+            return torch.tanh((y - predictor) / 2)
+
+        def loss(self, predictor: Tensor, y: Tensor) -> Tensor:
+            far = (y - predictor).abs()
+            return far + 2 * (-far).exp().log1p() - 2 * math.log(2)
+
+        def dual(self, score: Tensor, y: Tensor) -> Tensor:
+            return score * y - torch.log1p(-(score**2)) - 2 * score * torch.atanh(score)
+
+    advice = check_likelihood(Logistic())
+    assert advice.failed == ("finite",), str(advice)
+    assert "got a dual that is not" in str(advice)
 
 
 def test_a_placeholder_out_of_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +148,25 @@ class Map(LinearMap):
         norm = torch.linalg.matrix_norm(self.atoms.detach(), 2).square()
         return norm / 2 if self.fault == "squared norm" else norm
 
+    def double(self) -> LinearMap:
+        atoms = self.atoms.double()
+        if self.fault == "other in double":
+            return Map(2 * atoms, self.fault)
+        return Coarse(atoms, self.fault) if self.fault == "coarse" else Map(atoms, self.fault)
+
+
+class Coarse(Map):
+    """Takes and gives float64, and works in float32."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return (codes.float() @ self.atoms.float()).to(codes.dtype)
+
+
+class Silent(Map):
+    """Does not say what it is in float64."""
+
+    double = LinearMap.double
+
 
 class Broken(d.Dense):
     """A dense dictionary with a fault."""
@@ -126,7 +178,7 @@ class Broken(d.Dense):
     def bind(self, atoms: Tensor | None = None) -> LinearMap:  # type: ignore[override]
         if atoms is None or self.fault == "bind":
             atoms = self.atoms.detach() if self.fault == "gradient" else self.atoms
-        return Map(atoms, self.fault)
+        return (Silent if self.fault == "silent" else Map)(atoms, self.fault)
 
     def code_shape(self, signal_shape: tuple[int, ...]) -> torch.Size:
         extra = 1 if self.fault == "shapes" else 0
@@ -139,6 +191,32 @@ class Broken(d.Dense):
 def test_a_planted_fault_of_a_dictionary_is_named(fault: str) -> None:
     advice = check_dictionary(Broken(fault))
     assert fault in advice.failed, str(advice)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"), [("other in double", "relative difference"), ("coarse", "coarser precision")]
+)
+def test_a_map_that_is_another_in_double_is_named(fault: str, says: str) -> None:
+    advice = check_dictionary(Broken(fault))
+    assert advice.failed == ("double",), str(advice)
+    assert says in str(advice)
+
+
+def test_a_map_without_a_double_is_not_asked_and_says_who_needs_it() -> None:
+    advice = check_dictionary(Broken("silent"))
+    (found,) = (finding for finding in advice.findings if finding.check == "double")
+    assert advice.ok and found.ok is None
+    assert "solvers.solve needs it to certify codes" in found.advice
+
+
+def test_an_operator_in_single_precision_passes_by_what_it_says_of_its_rounding() -> None:
+    class Halve:
+        def forward(self, signal: Tensor) -> Tensor:
+            return signal / 3
+
+        adjoint = forward
+
+    check_dictionary(d.Composition(Halve(), d.Dense(8, 5), input_shape=(5,))).raise_if_failed()
 
 
 def test_without_a_fault_nothing_is_named() -> None:

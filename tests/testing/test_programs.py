@@ -127,6 +127,74 @@ def test_a_planted_fault_of_a_guide_is_named(fault: str) -> None:
     assert fault in advice.failed, str(advice)
 
 
+class Climbing(likelihoods.Gaussian):
+    """A Gaussian with a residual of the wrong sign."""
+
+    def residual(self, predictor: Tensor, y: Tensor) -> Tensor:
+        return -super().residual(predictor, y)
+
+
+def said(guide: Any, model: Any, check: str, y: Tensor = Y) -> Any:
+    return next(f for f in check_guide(guide, model, y).findings if f.check == check)
+
+
+def test_a_guide_that_climbs_away_from_the_data_is_named() -> None:
+    dictionary, likelihood, prior = parts()
+    model = models.SparseCoding(dictionary, likelihood, prior)
+    wrong = guides.UnrolledFISTA(dictionary, Climbing(0.1), prior)
+    assert check_guide(wrong, model, Y).failed == ("residual",)
+    assert "less probable than zeros" in said(wrong, model, "against zeros").advice
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        likelihoods.Gaussian(0.1),
+        likelihoods.Bernoulli(),
+        likelihoods.Binomial(10),
+        likelihoods.NegativeBinomial(3.0),
+        likelihoods.Stabilised(likelihoods.Poisson(), 2.0),
+        likelihoods.Stabilised(likelihoods.Gamma(2.0), 2.0),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_no_alarm_at_initialisation_of_an_unrolled_guide(likelihood: Any) -> None:
+    dictionary, _, prior = parts()
+    model = models.SparseCoding(dictionary, likelihood, prior)
+    with torch.no_grad():
+        y = model(num_data=6)
+    made = guides.UnrolledFISTA(dictionary, likelihood, prior)
+    for guide in (made, guides.AutoUnrolled(model, num_steps=5)):
+        check_guide(guide, model, y).raise_if_failed()
+        assert said(guide, model, "against zeros", y).ok is True
+
+
+def test_an_encoder_that_is_not_trained_gets_advice_and_no_failure() -> None:
+    model, guide = thresholded()
+    found = said(guide, model, "against zeros")
+    assert found.ok is None and "before an encoder is trained" in found.advice
+    assert said(guide, model, "residual").advice == "It holds no likelihood."
+
+
+def test_codes_that_cannot_be_zero_are_not_compared_with_zeros() -> None:
+    def law() -> Any:
+        return dist.LogNormal(0.0, 1.0).expand([3]).to_event(1)
+
+    def program(y: Tensor, num_data: int | None = None) -> None:
+        with pyro.plate("data", num_data or len(y), subsample=torch.arange(len(y))):
+            codes = pyro.sample("codes", law())
+            pyro.sample(
+                "obs", dist.Normal(codes.sum(-1, True), 1.0).expand([len(y), 5]).to_event(1), obs=y
+            )
+
+    def guide(y: Tensor, num_data: int | None = None) -> None:
+        with pyro.plate("data", num_data or len(y), subsample=torch.arange(len(y))):
+            pyro.sample("codes", law())
+
+    found = said(guide, program, "against zeros")
+    assert found.ok is None and "no density" in found.advice
+
+
 def test_an_observed_site_outside_a_plate_is_named() -> None:
     def model(y: Tensor, num_data: int | None = None) -> None:
         pyro.sample("obs", dist.Normal(torch.zeros(5), 1.0).to_event(1), obs=y)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pyro_sparse.dictionaries import Conv
-from tutorials.demo import membrane, photograph
+from tutorials.demo import membrane, neurons, photograph
 
 
 @pytest.mark.slow
@@ -65,3 +65,28 @@ def test_a_dictionary_learned_from_the_noisy_picture_beats_cosines(
     # A quarter of the picture and half of the training; the whole reaches 7.5 and 1.0 dB.
     assert summary["psnr_learned"] > summary["psnr_noisy"] + 6.5
     assert summary["psnr_learned"] > summary["psnr_dct"] + 0.3
+
+
+def test_matches_from_left_to_right_are_the_most_there_are() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        times, spikes = (np.sort(random.uniform(0, 100, random.integers(0, 15))) for _ in range(2))
+        events, found = neurons.matched(times, spikes, 4)
+        assert events.sum() == found.sum() == membrane.count_matches(times, spikes, 4)
+
+
+def test_codes_of_one_event_are_one_event() -> None:
+    prob = np.array([0.5, 0.0, 0.5, 0.001, 0.9])
+    times, probability = neurons.clusters(prob, np.array([10, 11, 12, 13, 30]), gap=3)
+    assert times.tolist() == [11.0, 30.0]
+    np.testing.assert_allclose(probability, [0.75, 0.9])
+
+
+def test_simulated_recordings_hold_their_spikes() -> None:
+    recording = neurons.simulate_extracellular(rows=10)
+    assert recording.y.shape == recording.mask.shape == (10, 1, 640)
+    assert (np.diff(recording.spikes) > 0).all()
+    (neuron,) = neurons.simulate_fluorescence(1, 40.0)
+    assert neuron.spikes[0].max() < neuron.trace.shape[1]
+    trials = neurons.simulate_trials(5, 3)
+    assert set(np.unique(trials.spikes)) == {0, 1}
