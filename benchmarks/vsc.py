@@ -227,10 +227,13 @@ def main() -> None:
     training.add_argument("--part", type=int, help="measure so many data, not all")
     table = commands.add_parser("table")
     table.set_defaults(
-        run=lambda o: vsc_report.table(o.out, o.kind, REFERENCE[o.kind], WEIGHTS[o.kind])
+        run=lambda o: vsc_report.table(
+            o.out, o.kind, REFERENCE[o.kind], WEIGHTS[o.kind], label=o.label
+        )
     )
     table.add_argument("kind", choices=tuple(SETTINGS))
     table.add_argument("--out", type=Path, default=Path("vsc"))
+    table.add_argument("--label", default="", help="end of the names of record and picture")
     evaluating = commands.add_parser("evaluate")
     evaluating.set_defaults(run=evaluate)
     evaluating.add_argument("--weights", type=Path, required=True)

@@ -61,9 +61,17 @@ def rows_of(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
 
 
 def table(
-    folder: Path, kind: str, reference: str, weights: Path, begun: float | None = None
+    folder: Path,
+    kind: str,
+    reference: str,
+    weights: Path,
+    begun: float | None = None,
+    label: str = "",
 ) -> dict[str, Any]:
-    """Write results and picture, and copy the weights of the reference, seed 0."""
+    """Write results and picture, and copy the weights of the reference, seed 0.
+
+    ``label`` ends the names of both, where trainings of another length have theirs already.
+    """
     begun = time.perf_counter() if begun is None else begun
     rows = rows_of(folder, kind)
     key = f"{reference}, seed 0"
@@ -96,11 +104,11 @@ def table(
     for row in rows.values():
         for part in ("used", "by_picture", "kind", "storage"):
             row.pop(part, None)
-    content = common.record(
-        f"python -m benchmarks.vsc table {kind} --out FOLDER", 0, begun, **found, rows=rows
-    )
-    common.write(common.RESULTS / f"vsc_{kind}.json", content)
-    draw(rows, key, atoms, used, common.RESULTS / f"vsc_{kind}.png")
+    command = f"python -m benchmarks.vsc table {kind} --out FOLDER"
+    command += f" --label {label}" if label else ""
+    content = common.record(command, 0, begun, **found, rows=rows)
+    common.write(common.RESULTS / f"vsc_{kind}{label}.json", content)
+    draw(rows, key, atoms, used, common.RESULTS / f"vsc_{kind}{label}.png")
     for name, row in rows.items():
         print(f"{name:40s}", row.get("bound", {}).get("J=100"), row.get("bound_less_reference"))
     return content
