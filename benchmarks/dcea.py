@@ -14,10 +14,10 @@ Training sees two random shifts at a step, then six. The pictures are those of `
 ``12003.jpg``, which holds one of Set12; the last twelve are kept for validation, and every setting
 was chosen there. Short protocol: 6 layers of FISTA in place of 15 of ISTA, from cosines and biases
 that grow with frequency; a baseline of a quarter of the peak, which is one count at peak 4, as
-published; an ELU that leaves residuals without bias in a gray picture. The constrained net of peak 4
-took 15 minutes of a core (``--steps 2400 600``, then on from it by ``--start`` with ``6000 1200``);
-the unconstrained one started from that (``2400 600``, then ``5000 1250``), the other peaks from
-those of peak 4 (``600 200``).
+published; an ELU that leaves residuals without bias in a gray picture. The constrained net of peak
+4 took 15 minutes of a core (``--steps 2400 600``, then on from it by ``--start`` with ``6000
+1200``); the unconstrained one started from that (``2400 600``, then ``5000 1250``), the other peaks
+from those of peak 4 (``600 200``).
 ``--full``: 15 layers and the published number of crops, 400 epochs of 5,717; give it
 ``--checkpoints`` to resume.
 
