@@ -2,6 +2,7 @@
 
     PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae train --units 200 --layers 11 --seed 0
     PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae feed-forward --units 200 --seed 0
+    PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae calibrate --weights F --json OUT
     python -m benchmarks.drsae evaluate --weights F --data X.npz --json OUT
     python -m benchmarks.drsae compare --first OUT --second OUT --json OUT
     PYRO_SPARSE_DATA=FOLDER python -m benchmarks.drsae analyse --weights F --figures STEM --json OUT
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 import scipy.stats
 import torch
 from torch import Tensor, nn
@@ -242,6 +244,38 @@ def evaluate(options: argparse.Namespace) -> None:
     common.write(options.json, content)
 
 
+def calibrate(options: argparse.Namespace) -> None:
+    """Set the temperature of the classes on validation digits, in the file of weights.
+
+    Of a trained net the errors stay as they are, and its confidence follows them (Guo et al. 2017,
+    On calibration of modern neural networks, ICML, sec. 4.2).
+    """
+    began = time.perf_counter()
+    net, settings = DrSAE.load(options.weights)
+    x, label = digits(data_folder() / "mnist_train.npz")
+    held, held_label = x[TRAINED:], label[TRAINED:]
+    logits = net.logits(held).double()
+
+    def nats(log_temperature: float) -> float:
+        return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), held_label))
+
+    before = scores(net.probabilities(held), held_label)
+    found = scipy.optimize.minimize_scalar(nats, bounds=(-4, 4), method="bounded")
+    net.temperature = round(math.exp(found.x), 4)
+    tensors, kept = common.load_weights(options.weights)
+    common.save_weights(options.weights, tensors, {**kept, "temperature": net.temperature})
+    content = common.record(
+        f"python -m benchmarks.drsae calibrate --weights {options.weights.name}",
+        settings["seed"],
+        began,
+        temperature=net.temperature,
+        validation_before=before,
+        validation=scores(net.probabilities(held), held_label),
+    )
+    print(content["temperature"], content["validation"])
+    common.write(options.json, content)
+
+
 def compare(options: argparse.Namespace) -> None:
     """McNemar's exact test of two evaluations of the same digits."""
     first, second = (json.loads(file.read_text()) for file in (options.first, options.second))
@@ -308,11 +342,15 @@ def main(arguments: list[str] | None = None) -> None:
             sub.add_argument("--json", type=Path, required=True)
     files = {
         "evaluate": ("weights", "data", "json"),
+        "calibrate": ("weights", "json"),
         "compare": ("first", "second", "json"),
         "analyse": ("weights", "figures", "json"),
         "gather": ("runs", "json"),
     }
-    run = {"evaluate": evaluate, "compare": compare, "analyse": analyse, "gather": gather}
+    run = {
+        "evaluate": evaluate, "calibrate": calibrate, "compare": compare, "analyse": analyse,
+        "gather": gather,
+    }  # fmt: skip
     for name, needed in files.items():
         sub = commands.add_parser(name)
         for file in needed:

@@ -28,6 +28,7 @@ class DrSAE(nn.Module):
     def __init__(self, units: int, layers: int, atoms: Tensor | None = None) -> None:
         super().__init__()
         self.units, self.layers = units, layers
+        self.temperature = 1.0
         dictionary = Dense(units, PIXELS, atoms=atoms, unit_norm=False)
         likelihood, prior = Gaussian(PRECISION**-0.5), dist.Exponential(RATE)
         self.model = DiscriminativeSparseCoding(dictionary, likelihood, prior, num_classes=CLASSES)
@@ -94,8 +95,12 @@ class DrSAE(nn.Module):
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:
         """Of the classes, shape ``(n, 10)``."""
-        logits = [self.model.logits(self.guide.encode(part)) for part in x.split(1000)]
-        return torch.cat(logits).softmax(-1)
+        return (self.logits(x) / self.temperature).softmax(-1)
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Of the classes, at the temperature one, shape ``(n, 10)``."""
+        return torch.cat([self.model.logits(self.guide.encode(part)) for part in x.split(1000)])
 
     def save(self, file: Path, settings: dict[str, Any]) -> None:
         tensors = {}
@@ -113,6 +118,7 @@ class DrSAE(nn.Module):
     def load(cls, file: Path) -> tuple[DrSAE, dict[str, Any]]:
         tensors, settings = common.load_weights(file)
         net = cls(settings["units"], settings["layers"])
+        net.temperature = settings.get("temperature", 1.0)
         rows = {n: tensors[n].float() * tensors[n + "_scale"] for n in ("encoder", "decoder")}
         with torch.no_grad():
             net.encoder.copy_(rows["encoder"])

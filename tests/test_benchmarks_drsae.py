@@ -49,6 +49,11 @@ def test_it_learns_and_is_evaluated_from_its_file(data: Path, tmp_path: Path, fu
     assert len(found["wrong"]) == round(found["error"] * 80 / 100)
     net, settings = drsae.DrSAE.load(weights)
     assert (net.units, net.layers, settings["epochs"]) == (20, 3, list(epochs[1:]))
+    run("calibrate", "--weights", weights, "--json", tmp_path / "t.json")
+    calibrated = json.loads((tmp_path / "t.json").read_text())
+    assert calibrated["temperature"] == drsae.DrSAE.load(weights)[0].temperature != 1
+    assert calibrated["validation"]["error"] == calibrated["validation_before"]["error"]
+    assert calibrated["validation"]["nats"] <= calibrated["validation_before"]["nats"]
     run("compare", "--first", out, "--second", out, "--json", tmp_path / "p.json")
     assert json.loads((tmp_path / "p.json").read_text())["p"] == 1
     stem = tmp_path / "drsae"
