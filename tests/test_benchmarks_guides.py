@@ -1,6 +1,5 @@
 """The table of five guides: its search for a rate, and one quick round."""
 
-import argparse
 import json
 import sys
 
@@ -54,4 +53,6 @@ def test_a_quick_round_is_a_whole_record(tmp_path, monkeypatch):
     found = json.loads(out.read_text())
     assert list(found["guides"]) == ["VSC", "CRsAE", "DrSAE", "DCEA", "PUDLE"]
     assert (tmp_path / "five_guides.png").stat().st_size > 1000
-    assert isinstance(argparse.Namespace(**found["settings"]).noise, float)
+    assert found["settings"]["seeds"] == 1
+    targets = {name: row["own_bound"] is None for name, row in found["guides"].items()}
+    assert targets == {name: system.point for name, system in five_guides.SYSTEMS.items()}

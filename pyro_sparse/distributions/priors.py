@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
 from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import Distribution
@@ -193,6 +193,18 @@ def match(law: D, like: Tensor) -> D:
     law = copy.copy(law)
     vars(law).update(moved)
     return law
+
+
+def name_of(law: Distribution) -> str:
+    """What the law below expansions and event dimensions is called.
+
+    Example:
+        >>> name_of(dist.Laplace(0.0, 1.0).expand([3]).to_event(1))
+        'Laplace'
+    """
+    while isinstance(law, torch.distributions.Independent | ExpandedDistribution):
+        law = law.base_dist
+    return type(law).__name__
 
 
 def _as_rate(rate: object, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_sparse.dictionaries import Dictionary
 from pyro_sparse.distributions import Prior, check_prior, codes_prior, conjugate, prox
+from pyro_sparse.distributions.priors import name_of
 from pyro_sparse.likelihoods import Gaussian, Likelihood, check_mask
 from pyro_sparse.ops import check_tensor, kind_of
 from pyro_sparse.solvers.methods import FISTA, Method
@@ -195,16 +196,10 @@ def _check_order(primal: Tensor, dual: Tensor, problem: Problem) -> None:
         raise ValueError(
             "Expected the dual objective to lie below the primal one, got "
             f"{dual[worst].item():.6g} above {primal[worst].item():.6g} for a datum: the "
-            f"registered conjugate of {_name(problem.law)} does not belong to its penalty, or the "
-            f"dual of {type(problem.likelihood).__name__} to its loss, which "
+            f"registered conjugate of {name_of(problem.law)} does not belong to its penalty, or "
+            f"the dual of {type(problem.likelihood).__name__} to its loss, which "
             "testing.check_likelihood can tell."
         )
-
-
-def _name(law: object) -> str:
-    """Of the distribution below its wrappers."""
-    base = getattr(law, "base_dist", None)
-    return type(law).__name__ if base is None else _name(base)
 
 
 def _iterate(

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 
 from pyro_sparse import distributions
 from pyro_sparse.distributions import Law, Prior, codes_prior, conjugate, match, penalty, prox
+from pyro_sparse.distributions.priors import name_of
 from pyro_sparse.infer.findings import NotAsked
 from pyro_sparse.testing.advice import Advice, Failed, gather, short
 from pyro_sparse.testing.densities import (
@@ -90,7 +90,7 @@ def check_prior(
     with torch.random.fork_rng():
         battery = _Battery(prior, law, given, code_shape)
         return gather(
-            _named(law),
+            name_of(law),
             {
                 "shapes": battery.shapes,
                 "expand": battery.expand,
@@ -645,12 +645,6 @@ def _entries(law: Any) -> Any:
     while isinstance(law, torch.distributions.Independent):
         law = law.base_dist
     return law
-
-
-def _named(law: Any) -> str:
-    while isinstance(law, torch.distributions.Independent | ExpandedDistribution):
-        law = law.base_dist
-    return type(law).__name__
 
 
 def _tensors(law: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
